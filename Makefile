@@ -1,0 +1,46 @@
+# `make demo` and `make test` are the two commands; each sets up all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTENSION := $(VENV)/.extension
+RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
+
+.PHONY: demo test lint bench clean
+
+demo: $(EXTENSION)
+	$(BIN)/python examples/digits.py
+
+test: $(EXTENSION)
+	cargo test --release --quiet
+	cargo test --release --quiet --no-default-features
+	$(BIN)/python -m pytest
+
+lint: $(EXTENSION)
+	cargo fmt --check
+	cargo clippy --quiet --all-targets --features python -- -D warnings
+	cargo clippy --quiet --all-targets --no-default-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest rmsprop
+
+bench: $(EXTENSION)
+	cargo bench
+	$(BIN)/python benches/step.py
+
+# The environment: what the tests and the demo compare with, from pyproject.toml.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+# The extension, built in release mode and imported from python/.
+$(EXTENSION): $(VENV)/.installed $(RUST)
+	VIRTUAL_ENV=$(abspath $(VENV)) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	touch $@
+
+clean:
+	cargo clean
+	rm -rf $(VENV) build dist

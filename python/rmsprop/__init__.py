@@ -1,0 +1,25 @@
+"""RMSprop for CPU training as one fused pass.
+
+For each element of a parameter p with gradient grad, where v is the state
+``square_avg``, m ``grad_avg`` and b ``momentum_buffer``, in this order, each
+operation rounded once in the type of the parameter::
+
+    g = grad_scale * grad                -1 to maximize, times the clipping factor
+    g = g + weight_decay * p             L2; decoupled: p = p - (lr*weight_decay) * p
+    v = alpha * v + ((1 - alpha) * g) * g
+    m = alpha * m + (1 - alpha) * g      centered
+    d = c * v - (c * m)^2, at least 0    centered; else d = c * v
+    s = sqrt(d + eps_in) + eps_out       one of the two is eps, the other 0
+    p = p - (lr * g) / s                 without momentum; with it:
+    b = momentum * b + (lr_in * g) / s   one of lr_in and lr_out is lr, the other 1
+    p = p - lr_out * b                   nesterov: lr_out*((lr_in*g)/s + momentum*b)
+
+c is 1 / (1 - alpha^t) with ``bias_correction``, else 1. Which framework's RMSprop
+that is depends on the options alone: :func:`dialect`.
+"""
+
+from rmsprop._core import __version__, info
+from rmsprop.optimizer import RMSprop, dialect
+from rmsprop.parameter import Parameter
+
+__all__ = ["Parameter", "RMSprop", "__version__", "dialect", "info"]

@@ -1,0 +1,529 @@
+"""RMSprop over arrays, and every framework's variant by name."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from rmsprop import _core
+from rmsprop.state import State, as_ndarray, checked
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_core._after_fork)
+
+#: Keyword arguments that a dialect leaves to the caller, in either front.
+_FREE = {
+    *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads"),
+    *("capturable", "foreach", "differentiable"),
+}
+
+
+def dialect(name: str, **overrides: Any) -> dict[str, Any]:
+    """Returns the keyword arguments that make RMSprop that of a framework.
+
+    They spell out the whole formula, so both fronts read them alike, but never ``lr``
+    unless it is given: the learning rate is yours.
+
+    Args:
+        name: oneflow, torch, timm, sb3, keras, tf1, optax, paddle, mlx, graves,
+            mindspore, chainer, burn or dfdx.
+        **overrides: arguments of the optimizer that replace or complete them.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for an override that is no argument of the optimizer.
+
+    Example:
+        >>> w = np.ones(3, np.float32)
+        >>> opt = RMSprop([w], lr=7e-4, **dialect("tf1", momentum=0.9))
+        >>> opt.param_groups[0]["initial_square_avg"]
+        1.0
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"dialect: expected a name, got {type(name).__name__}")
+    options = _core.dialect(name)
+    for key in overrides:
+        if key not in options and key not in _FREE:
+            raise TypeError(f"dialect: expected an argument of RMSprop, got {key!r}")
+    return {**options, **overrides}
+
+
+class RMSprop(_core.Optimizer):
+    """RMSprop that updates arrays in place, in one fused pass.
+
+    The rule is in the documentation of :mod:`rmsprop`; the defaults are OneFlow's.
+    Parameters are writable arrays of float32 or float64 in host memory, of any shape
+    and strides: NumPy arrays, :class:`rmsprop.Parameter`, buffers, or DLPack tensors.
+    They are never copied. Gradients have the parameter's shape and dtype and are read
+    only. The state (one array a parameter, more with ``centered`` and ``momentum``) is
+    allocated here, and nothing that grows with it later.
+
+    Threads that step one optimizer take turns; different optimizers run at the same
+    time. After ``fork`` a child steps on threads of its own.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs or dicts of a group (with the
+            key ``"params"``), in any iterable, or a mapping from name to parameter.
+        lr: learning rate, per step.
+        alpha: decay of the averages, from 0 to 1.
+        eps: keeps the divisor away from 0; in units of the squared gradient, or with
+            ``eps_in_sqrt=False`` of the gradient.
+        weight_decay: L2 penalty, or with ``decoupled_weight_decay`` a shrinking of the
+            parameter by ``lr * weight_decay``.
+        momentum: decay of the momentum buffer; 0 is off.
+        centered: divides by the standard deviation of the gradient instead of its root
+            mean square. A variance that rounding made negative counts as 0.
+        contiguous_params: moves the parameters of one dtype in a group into one flat
+            buffer (only :class:`rmsprop.Parameter` can be moved), and their gradients
+            if all have one. A step then costs the same for one tensor and for ten
+            thousand, as long as gradients are written in place (``p.grad[...] = g``)
+            and the arrays' flags are left alone.
+        eps_in_sqrt: ``sqrt(v + eps)`` instead of ``sqrt(v) + eps``.
+        initial_square_avg: the value that ``square_avg`` starts at.
+        lr_in_momentum: the buffer holds steps instead of scaled gradients.
+        nesterov: Nesterov's momentum.
+        bias_correction: divides both averages by ``1 - alpha**t``. With ``centered``
+            the first step divides by rounding noise: choose ``eps`` accordingly.
+        decoupled_weight_decay: see ``weight_decay``.
+        maximize: climbs.
+        max_grad_norm: scales all gradients together by
+            ``min(1, max_grad_norm / (norm + 1e-6))``, norm the L2 norm over every
+            gradient of every group; the gradients are not written.
+        nonfinite: ``"propagate"``; ``"skip"``: a step with an infinite or NaN gradient
+            changes nothing and adds to ``skipped_steps``; ``"raise"``.
+        threads: at most so many threads. None: ``RMSPROP_NUM_THREADS``, or as many as
+            the process may use. Small steps stay on the caller.
+
+    Raises:
+        TypeError: something is not an array of a supported dtype, or not a number.
+        ValueError: something is out of range, read-only, unaligned, overlapping, not in
+            host memory, or named twice. The message names it.
+
+    Guarantees: the same bits for every instruction set, number of threads, alignment
+    and kind of input (``tests/test_bits.py``); an error leaves everything as it was
+    (``tests/test_bad_input.py``).
+
+    Example:
+        >>> w, b = np.ones((2, 3), np.float32), np.zeros(3, np.float32)
+        >>> opt = RMSprop({"w": w, "b": b}, lr=0.01)
+        >>> opt.step(grads={"w": np.ones_like(w), "b": None})
+        >>> bool((w < 1).all()), b.tolist()
+        (True, [0.0, 0.0, 0.0])
+
+    Source: Tieleman and Hinton 2012; OneFlow 1.0 ``oneflow.optim.RMSprop``.
+    """
+
+    #: Whether row-sparse gradients are taken.
+    support_sparse = False
+
+    defaults: dict[str, Any]
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        contiguous_params: bool = False,
+        *,
+        eps_in_sqrt: bool = True,
+        initial_square_avg: float = 0.0,
+        lr_in_momentum: bool = True,
+        nesterov: bool = False,
+        bias_correction: bool = False,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        threads: int | None = None,
+    ) -> None:
+        self.defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "contiguous_params": contiguous_params,
+            "eps_in_sqrt": eps_in_sqrt,
+            "initial_square_avg": initial_square_avg,
+            "lr_in_momentum": lr_in_momentum,
+            "nesterov": nesterov,
+            "bias_correction": bias_correction,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        _core.check_options(self.defaults, "")
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite = nonfinite
+        self.threads = threads
+        groups = list(_groups_in(params))
+        if not any(objects for _, objects, _ in groups):
+            raise ValueError("params: expected at least one parameter, got none")
+        for options, objects, names in groups:
+            self._add(options, objects, names)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Adds a group: a mapping with the key ``"params"`` and options of its own.
+
+        Missing options come from ``defaults``; the mapping is left alone.
+
+        Raises:
+            TypeError, ValueError: as the constructor; the optimizer is unchanged.
+
+        Example:
+            >>> opt = RMSprop([np.ones(2)])
+            >>> opt.add_param_group({"params": [np.ones(3)], "lr": 0.1})
+            >>> len(opt.param_groups)
+            2
+        """
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                f"group: expected a mapping with the key 'params',"
+                f" got {type(group).__name__}"
+            )
+        self._add(*_group_in(group))
+
+    def _add(
+        self, options: dict[str, Any], objects: list[Any], names: list[str | None]
+    ) -> None:
+        names = [
+            getattr(p, "name", None) if name is None and _is_parameter(p) else name
+            for p, name in zip(objects, names)
+        ]
+        group = {"params": tuple(objects), **options}
+        if objects and None not in names:
+            group["param_names"] = list(names)
+        for key, value in self.defaults.items():
+            group.setdefault(key, value)
+        self._add_group(group, names)
+
+    @property
+    def state(self) -> State:
+        """The state by parameter index over all groups: a mapping of mappings.
+
+        Example:
+            >>> opt = RMSprop([np.ones(2)])
+            >>> opt.state[0]["step"], opt.state[0]["square_avg"].tolist()
+            (0, [0.0, 0.0])
+        """
+        return State(self)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zeroes the gradients in place, or sets them to None.
+
+        Parameters without ``.grad`` are left alone.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if getattr(p, "grad", None) is None:
+                    continue
+                if set_to_none:
+                    p.grad = None
+                else:
+                    _writable(p.grad)[...] = 0
+
+    def clip_grad(self, error_if_nonfinite: bool = False) -> list[float]:
+        """Clips the gradients of each group that asks for it, in place.
+
+        A group asks with ``clip_grad_max_norm`` and ``clip_grad_norm_type`` (any p,
+        inf, -inf or 0). Over the parameters of the group that have a gradient::
+
+            norm = the p-norm of the p-norms of the gradients
+            grad *= min(1, max_norm / (norm + 1e-6))
+
+        NaN and infinities spread as in torch's ``clip_grad_norm_``.
+
+        Returns:
+            One norm for each group that asks.
+
+        Raises:
+            RuntimeError: with ``error_if_nonfinite``, if a norm is infinite or NaN;
+                nothing is scaled then, in any group.
+
+        Source: OneFlow 1.0 ``Optimizer.clip_grad``, torch 2 ``clip_grad_norm_``.
+        """
+        clips = []
+        for index, group in enumerate(self.param_groups):
+            if "clip_grad_max_norm" in group and "clip_grad_norm_type" in group:
+                max_norm = _number(group, "clip_grad_max_norm", index)
+                order = _number(group, "clip_grad_norm_type", index)
+                if max_norm < 0:
+                    raise ValueError(
+                        f"clip_grad_max_norm of group {index}: expected a number >= 0,"
+                        f" got {max_norm}"
+                    )
+                grads = [getattr(p, "grad", None) for p in group["params"]]
+                arrays = [_writable(grad) for grad in grads if grad is not None]
+                norm = _norm(arrays, order)
+                if error_if_nonfinite and not np.isfinite(norm):
+                    raise RuntimeError(
+                        f"group {index}: expected a finite gradient norm of order"
+                        f" {order}, got {norm}"
+                    )
+                clips.append((arrays, norm, max_norm / (norm + 1e-6)))
+        with np.errstate(all="ignore"):
+            for arrays, _, factor in clips:
+                for array in arrays:
+                    np.multiply(array, 1.0 if factor > 1 else factor, out=array)
+        return [norm for _, norm, _ in clips]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state and the options, in torch's shape; arrays are copies.
+
+        Example:
+            >>> sorted(RMSprop([np.ones(2)]).state_dict())
+            ['param_groups', 'state']
+        """
+        state = {
+            index: {
+                key: value.copy() if isinstance(value, np.ndarray) else value
+                for key, value in entry.items()
+            }
+            for index, entry in self.state.items()
+        }
+        groups, first = [], 0
+        for group in self.param_groups:
+            numbers = list(range(first, first + len(group["params"])))
+            groups.append({**group, "params": numbers})
+            first += len(numbers)
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` or torch's RMSprop saved; arrays are copied.
+
+        Options that are missing come from ``defaults``, state that is missing goes back
+        to its start. ``contiguous_params`` and the names stay as they are here.
+
+        Raises:
+            ValueError: for another layout of groups, or state that does not fit; the
+                optimizer is unchanged then.
+        """
+        try:
+            saved_groups = list(state_dict["param_groups"])
+            saved_state = dict(state_dict["state"])
+            sizes = [len(group["params"]) for group in saved_groups]
+            numbers = [n for group in saved_groups for n in group["params"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "state_dict: expected {'state': ..., 'param_groups': [{'params': ...},"
+                f" ...]}}, got {type(state_dict).__name__} ({error!r})"
+            ) from None
+        wanted = [len(group["params"]) for group in self.param_groups]
+        if sizes != wanted:
+            raise ValueError(
+                f"state_dict: expected groups of {wanted} parameters, got {sizes}"
+            )
+        places = {number: index for index, number in enumerate(numbers)}
+        unknown = [number for number in saved_state if number not in places]
+        if unknown:
+            raise ValueError(
+                f"state_dict: expected state of parameters {numbers}, got {unknown}"
+            )
+        kept = ("params", "param_names", "contiguous_params")
+        groups = []
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
+            own = {key: group[key] for key in kept if key in group}
+            new = {**self.defaults, **saved}
+            new = {key: value for key, value in new.items() if key not in kept} | own
+            _check_loaded(new, f" of group {index} in state_dict")
+            groups.append(new)
+        entries = {
+            places[number]: checked(self, places[number], entry)
+            for number, entry in saved_state.items()
+        }
+        for index, entry in entries.items():
+            for key in entry:
+                self._create_state(index, key)
+        for group, new in zip(self.param_groups, groups):
+            group.clear()
+            group.update(new)
+        for index, own_state in self.state.items():
+            own_state._restore(entries.get(index, {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = {key: getattr(self, key) for key in _OPTIMIZER_OPTIONS}
+        return {
+            "attributes": dict(self.__dict__),
+            "options": options,
+            "param_groups": [dict(group) for group in self.param_groups],
+            "state": self.state_dict()["state"],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state["attributes"])
+        for key, value in state["options"].items():
+            setattr(self, key, value)
+        for group in state["param_groups"]:
+            names = group.get("param_names", [None] * len(group["params"]))
+            self._add_group(dict(group), list(names))
+        for index, entry in state["state"].items():
+            self.state[index] = entry
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            lines += [
+                f"    {key}: {group[key]}"
+                for key in sorted(group)
+                if key not in ("params", "param_names")
+            ]
+        return "\n".join([*lines, ")"])
+
+    def _group_of(self, index: int) -> dict[str, Any]:
+        """The group of a parameter."""
+        for group in self.param_groups:
+            if index < len(group["params"]):
+                return group
+            index -= len(group["params"])
+        raise KeyError(index)
+
+
+_OPTIMIZER_OPTIONS = ("max_grad_norm", "nonfinite", "threads", "skipped_steps")
+
+#: A group as given: its options, its parameters, and their names.
+_Group = tuple[dict[str, Any], list[Any], list["str | None"]]
+
+
+def _groups_in(params: Any) -> Iterator[_Group]:
+    """Sorts out what a constructor was given; a generator is read once."""
+    if isinstance(params, Mapping):
+        if "params" in params:
+            yield _group_in(params)
+        else:
+            yield {}, *_named(params)
+        return
+    items = _listed(params, "params")
+    if any(_is_group(item) for item in items):
+        for index, item in enumerate(items):
+            if not _is_group(item):
+                raise TypeError(
+                    f"params: expected dicts of groups only,"
+                    f" got {type(item).__name__} at {index}"
+                )
+            yield _group_in(item)
+        return
+    yield {}, *_named(items)
+
+
+def _group_in(group: Mapping[str, Any]) -> _Group:
+    """Sorts out one group."""
+    if "params" not in group:
+        raise ValueError(f"group: expected the key 'params', got {sorted(group)}")
+    options = {key: value for key, value in group.items() if key != "params"}
+    given = options.pop("param_names", None)
+    params = group["params"]
+    if _is_parameter(params):
+        params = [params]
+    objects, names = _named(
+        params if isinstance(params, Mapping) else _listed(params, "params")
+    )
+    if given is not None:
+        if len(given) != len(objects):
+            raise ValueError(
+                f"param_names: expected {len(objects)} names, got {len(given)}"
+            )
+        names = list(given)
+    return options, objects, names
+
+
+def _named(params: Mapping[str, Any] | list[Any]) -> tuple[list[Any], list[str | None]]:
+    """Parameters and their names, None where there is none."""
+    if isinstance(params, Mapping):
+        params = list(params.items())
+    objects: list[Any] = []
+    names: list[str | None] = []
+    for item in params:
+        name = None
+        if isinstance(item, tuple):
+            if len(item) != 2 or not isinstance(item[0], str):
+                raise TypeError(
+                    f"parameter {len(objects)}: expected an array or a pair of name"
+                    f" and array, got a tuple of {len(item)}"
+                )
+            name, item = item
+        objects.append(item)
+        names.append(name)
+    return objects, names
+
+
+def _listed(params: Any, what: str) -> list[Any]:
+    if isinstance(params, (str, bytes)) or _is_parameter(params):
+        raise TypeError(
+            f"{what}: expected an iterable of arrays, got {type(params).__name__}"
+        )
+    try:
+        return list(params)
+    except TypeError:
+        raise TypeError(
+            f"{what}: expected an iterable of arrays, got {type(params).__name__}"
+        ) from None
+
+
+def _is_group(item: Any) -> bool:
+    return isinstance(item, Mapping)
+
+
+def _is_parameter(item: Any) -> bool:
+    """Whether it is a bare array, which is itself iterable more often than not."""
+    if isinstance(item, (np.ndarray, np.generic, _core.Parameter)):
+        return True
+    if hasattr(type(item), "__dlpack__"):
+        return True
+    if isinstance(item, Iterable) and not isinstance(item, (list, tuple, set, dict)):
+        try:
+            memoryview(item)  # type: ignore[arg-type]
+        except TypeError:
+            return False
+        return True
+    return False
+
+
+def _check_loaded(options: dict[str, Any], place: str) -> None:
+    """As the core's check, but what is wrong with a checkpoint is a ValueError."""
+    try:
+        _core.check_options(options, place)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _number(group: dict[str, Any], key: str, index: int) -> float:
+    """A number that is not NaN, also as a string such as "inf"."""
+    try:
+        value = float(group[key])
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(
+            f"{key} of group {index}: expected a number, got {group[key]!r}"
+        )
+    return value
+
+
+def _writable(grad: Any) -> np.ndarray:
+    """A gradient as an array to write to."""
+    array = as_ndarray(grad.data if isinstance(grad, _core.Parameter) else grad)
+    if not array.flags.writeable:
+        raise ValueError("grad: expected a writable array, got a read-only one")
+    return array
+
+
+def _norm(arrays: list[np.ndarray], order: float) -> float:
+    """The norm of the norms, each computed in float64."""
+    if not arrays:
+        return 0.0
+    with np.errstate(all="ignore"):
+        norms = [
+            np.linalg.norm(array.ravel().astype(np.float64, copy=False), order)
+            for array in arrays
+            if array.size
+        ]
+        return float(np.linalg.norm(norms, order)) if norms else 0.0

@@ -1,0 +1,155 @@
+"""An optimizer's state as mappings: parameter index -> name -> array or count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rmsprop.optimizer import RMSprop
+
+
+class State(MutableMapping[int, "ParameterState"]):
+    """The state of every parameter, by its index over all groups.
+
+    It is there from the start. Deleting an entry resets it to its start values.
+    """
+
+    def __init__(self, optimizer: RMSprop) -> None:
+        self._optimizer = optimizer
+
+    def __getitem__(self, index: int) -> ParameterState:
+        if index not in range(len(self)):
+            raise KeyError(index)
+        return ParameterState(self._optimizer, index)
+
+    def __setitem__(self, index: int, entry: Mapping[str, Any]) -> None:
+        if index not in range(len(self)):
+            raise ValueError(
+                f"state: expected the index of a parameter below {len(self)},"
+                f" got {index!r}"
+            )
+        self[index]._restore(checked(self._optimizer, index, entry))
+
+    def __delitem__(self, index: int) -> None:
+        self[index]._restore({})
+
+    def clear(self) -> None:
+        """Resets every entry to its start values."""
+        for index in self:
+            del self[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __len__(self) -> int:
+        return self._optimizer._numel_params()
+
+    def __repr__(self) -> str:
+        return repr({index: entry for index, entry in self.items()})
+
+
+class ParameterState(MutableMapping[str, Any]):
+    """The state of one parameter: ``step`` and the arrays ``square_avg``, with
+    centered ``grad_avg``, with momentum ``momentum_buffer``.
+
+    An array is a view of the optimizer's memory: what is written into it counts at the
+    next step. Assigning checks and copies.
+    """
+
+    def __init__(self, optimizer: RMSprop, index: int) -> None:
+        self._optimizer = optimizer
+        self._index = index
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "step":
+            return self._optimizer._steps(self._index)
+        return self._optimizer._state_array(self._index, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        entry = checked(self._optimizer, self._index, {key: value})
+        for name, array in entry.items():
+            self._assign(name, array)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self._assign(key, self._start(key))
+
+    def __iter__(self) -> Iterator[str]:
+        yield "step"
+        yield from self._optimizer._state_keys(self._index)
+
+    def __len__(self) -> int:
+        return 1 + len(self._optimizer._state_keys(self._index))
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _restore(self, entry: Mapping[str, Any]) -> None:
+        """Takes a checked entry whole: what it lacks goes back to its start."""
+        for key in entry:
+            self._optimizer._create_state(self._index, key)
+        for key in self:
+            self._assign(key, entry.get(key, self._start(key)))
+
+    def _assign(self, key: str, value: Any) -> None:
+        if key == "step":
+            self._optimizer._set_steps(self._index, value)
+            return
+        self._optimizer._create_state(self._index, key)
+        self[key][...] = value
+
+    def _start(self, key: str) -> Any:
+        if key != "square_avg":
+            return 0
+        return self._optimizer._group_of(self._index)["initial_square_avg"]
+
+
+def checked(optimizer: RMSprop, index: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with its arrays as NumPy's and its step as an int.
+
+    Raises:
+        ValueError: if something in it cannot be the state of that parameter.
+    """
+    if not isinstance(entry, Mapping):
+        # Not a TypeError: whatever is wrong with a checkpoint is a ValueError.
+        raise ValueError(  # noqa: TRY004
+            f"state of parameter {index}: expected a mapping,"
+            f" got {type(entry).__name__}"
+        )
+    result: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key == "step":
+            result[key] = _count(index, value)
+        else:
+            optimizer._check_state(index, str(key), value)
+            result[key] = as_ndarray(value)
+    return result
+
+
+def _count(index: int, value: Any) -> int:
+    """A number of updates, which torch keeps as a float tensor."""
+    try:
+        number = float(value)
+        if number >= 0 and math.isfinite(number) and number == int(number):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(
+        f"state step of parameter {index}: expected an integer >= 0, got {value!r}"
+    )
+
+
+def as_ndarray(value: Any) -> np.ndarray:
+    """A NumPy view of any array that the core has accepted."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):  # torch exports no tensor that requires grad
+        value = value.detach()
+    if hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    return np.asarray(memoryview(value))

@@ -1,0 +1,74 @@
+//! What can be wrong with an input; each variant carries what was found and what was wanted.
+
+/// Why an optimizer refused. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A hyperparameter is out of range or not a number.
+    #[error("{key}: expected {expected}, got {found:?}")]
+    Hyperparameter {
+        /// The option's name.
+        key: &'static str,
+        /// The range in words.
+        expected: &'static str,
+        /// The value.
+        found: f64,
+    },
+    /// There is nothing to optimize.
+    #[error("expected at least one parameter, got none")]
+    NoParameters,
+    /// The lengths of all parameters add up to more elements than memory can hold.
+    #[error("expected parameters that fit in memory, got more elements than usize can count")]
+    TooLarge,
+    /// Another number of parameters or gradients than the optimizer was made for.
+    #[error("expected {expected} {what}s, got {found}")]
+    Count {
+        /// "parameter" or "gradient".
+        what: &'static str,
+        /// How many the optimizer was made for.
+        expected: usize,
+        /// How many there were.
+        found: usize,
+    },
+    /// A slice of another length than the optimizer was made for.
+    #[error("{what} {index}: expected {expected} elements, got {found}")]
+    Length {
+        /// "parameter", "gradient" or the name of a state.
+        what: &'static str,
+        /// The parameter's index over all groups.
+        index: usize,
+        /// Its number of elements.
+        expected: usize,
+        /// The number of elements found.
+        found: usize,
+    },
+    /// There is no parameter group of that index.
+    #[error("group {index}: expected an index below {count}")]
+    Group {
+        /// The index asked for.
+        index: usize,
+        /// The number of groups.
+        count: usize,
+    },
+    /// A gradient holds an infinity or a NaN, and the optimizer was told to raise.
+    #[error("gradient {index}: expected finite values, got {found} at element {element}")]
+    Nonfinite {
+        /// The gradient's index over all groups.
+        index: usize,
+        /// The element, counted in memory order.
+        element: usize,
+        /// The value.
+        found: f64,
+    },
+    /// The number of threads is 0.
+    #[error("threads: expected a number >= 1, got 0")]
+    Threads,
+    /// The instruction set is unknown or this processor does not have it.
+    #[error("RMSPROP_ISA: expected one of {available}, got '{found}'")]
+    Isa {
+        /// The name asked for.
+        found: String,
+        /// The names that work here.
+        available: String,
+    },
+}

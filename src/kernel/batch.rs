@@ -1,0 +1,503 @@
+//! The tensors of one step as work: one flat range of elements over all of them, so that one huge tensor and ten thousand
+//! tiny ones are cut alike.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::dispatch::{self, Isa};
+use super::{Hyper, Real, Rows, norm};
+use crate::parallel;
+
+/// Elements a thread takes at a time: 64 KiB of each f32 stream, so that the streams of a chunk fit the second-level
+/// cache and a step of a millisecond still has enough chunks to balance.
+const CHUNK: usize = 16 * 1024;
+
+/// Elements of a strided tensor that are brought together at a time, on the stack.
+const GATHER: usize = 512;
+
+/// The arrays of one parameter: p g v m b.
+const ARRAYS: usize = 5;
+
+/// The place of g among them: the one that is not written.
+const GRADIENT: usize = 1;
+
+/// The elements of one parameter, or of several that lie next to each other in all their arrays.
+#[derive(Clone, Copy)]
+pub(crate) struct Piece<T> {
+    pub p: *mut T,
+    pub g: *const T,
+    pub v: *mut T,
+    /// Anything unless centered.
+    pub m: *mut T,
+    /// Anything without momentum.
+    pub b: *mut T,
+    /// At least 1.
+    pub numel: usize,
+    /// The parameter's index over all groups.
+    pub index: u32,
+    /// Index of the hyperparameters.
+    pub hyper: u32,
+    /// Index of the layout, or [`Piece::DENSE`].
+    pub layout: u32,
+}
+
+impl<T> Piece<T> {
+    /// The layout of arrays that are all dense in the same order.
+    pub const DENSE: u32 = u32::MAX;
+}
+
+/// How the arrays of a strided tensor lie in memory; strides are in bytes, in the order p g v m b.
+pub(crate) struct Layout {
+    dims: Vec<Dim>,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct Dim {
+    pub len: usize,
+    pub strides: [isize; ARRAYS],
+}
+
+impl Layout {
+    /// Dimensions from the slowest to the fastest; those that can be walked as one are merged.
+    #[cfg(feature = "python")] // Only Python's arrays are strided.
+    pub fn new(dims: impl IntoIterator<Item = Dim>) -> Self {
+        let mut merged: Vec<Dim> = Vec::new();
+        for dim in dims.into_iter().filter(|dim| dim.len != 1) {
+            match merged.last_mut() {
+                Some(outer)
+                    if (0..ARRAYS).all(|k| {
+                        outer.strides[k] == dim.strides[k].wrapping_mul(dim.len as isize)
+                    }) =>
+                {
+                    *outer = Dim {
+                        len: outer.len * dim.len,
+                        strides: dim.strides,
+                    };
+                }
+                _ => merged.push(dim),
+            }
+        }
+        Layout { dims: merged }
+    }
+
+    /// Calls `run(offsets, strides, len)` for every stretch of the fastest dimension within the elements `start..end`.
+    fn walk(
+        &self,
+        start: usize,
+        end: usize,
+        mut run: impl FnMut([isize; ARRAYS], [isize; ARRAYS], usize),
+    ) {
+        let Some((inner, outer)) = self.dims.split_last() else {
+            return if start < end {
+                run([0; ARRAYS], [0; ARRAYS], 1)
+            };
+        };
+        let mut at = start;
+        while at < end {
+            let first = at % inner.len;
+            let len = (inner.len - first).min(end - at);
+            let mut offsets = inner.strides.map(|stride| stride * first as isize);
+            let mut index = at / inner.len;
+            for dim in outer.iter().rev() {
+                let i = (index % dim.len) as isize;
+                index /= dim.len;
+                for (offset, stride) in offsets.iter_mut().zip(dim.strides) {
+                    *offset += stride * i;
+                }
+            }
+            run(offsets, inner.strides, len);
+            at += len;
+        }
+    }
+}
+
+/// The storage of a [`Batch`], kept from step to step so that a step allocates nothing.
+pub(crate) struct Storage<T>(Pieces<T>);
+
+impl<T> std::fmt::Debug for Storage<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Storage")
+            .field("isa", &self.0.isa)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Pieces<T> {
+    isa: Isa,
+    pieces: Vec<Piece<T>>,
+    hypers: Vec<Hyper<T>>,
+    layouts: Vec<Layout>,
+    numel: usize,
+    /// For each piece, the elements up to its end; filled before the work is shared.
+    ends: Vec<usize>,
+    /// The sums of squares of the norm's chunks, as bits.
+    squares: Vec<AtomicU64>,
+}
+
+// SAFETY: the pointers are dereferenced only by `update`, `gather` and what they call, which run only inside the methods of
+// `Batch`; there the pointees are borrowed for `'a`, and distinct chunks are disjoint. After those methods return nobody
+// works on the pieces, because `parallel::for_each` returns only when every thread that had entered has left.
+unsafe impl<T: Send> Send for Pieces<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Pieces<T> {}
+
+impl<T: Real> Storage<T> {
+    /// Room for that many parameters and groups without another allocation.
+    pub fn new(isa: Isa, parameters: usize, groups: usize) -> Self {
+        Storage(Pieces {
+            pieces: Vec::with_capacity(parameters),
+            hypers: Vec::with_capacity(groups),
+            ends: Vec::with_capacity(parameters),
+            ..Pieces::new(isa)
+        })
+    }
+
+    /// An empty batch.
+    pub fn open<'a>(&mut self) -> Batch<'_, 'a, T> {
+        let mut batch = Batch {
+            pieces: &mut self.0,
+            borrowed: PhantomData,
+        };
+        batch.clear();
+        batch
+    }
+}
+
+/// The tensors of one step. Those given to it are borrowed for `'a`.
+pub(crate) struct Batch<'s, 'a, T> {
+    pieces: &'s mut Pieces<T>,
+    borrowed: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: Real> Batch<'_, 'a, T> {
+    /// Empties it.
+    pub fn clear(&mut self) {
+        self.pieces.pieces.clear();
+        self.pieces.hypers.clear();
+        self.pieces.layouts.clear();
+        self.pieces.numel = 0;
+    }
+
+    /// Takes hyperparameters and returns their index.
+    pub fn push_hyper(&mut self, hyper: Hyper<T>) -> u32 {
+        let hypers = &mut self.pieces.hypers;
+        hypers.push(hyper);
+        (hypers.len() - 1) as u32
+    }
+
+    /// Takes the layout of a strided piece and returns its index.
+    #[cfg(feature = "python")] // Only Python's arrays are strided.
+    pub fn push_layout(&mut self, layout: Layout) -> u32 {
+        let layouts = &mut self.pieces.layouts;
+        layouts.push(layout);
+        (layouts.len() - 1) as u32
+    }
+
+    /// Adds the parameter of that index. The slices that the hyperparameters use have its length.
+    pub fn push(&mut self, index: usize, rows: Rows<'a, T>, hyper: u32) {
+        let Rows { p, g, v, m, b } = rows;
+        let numel = p.len();
+        let h = &self.pieces.hypers[hyper as usize];
+        assert!(g.len() == numel && v.len() == numel);
+        assert!(!h.centered || m.len() == numel);
+        assert!(!h.has_momentum() || b.len() == numel);
+        let (g, m, b) = (g.as_ptr(), m.as_mut_ptr(), b.as_mut_ptr());
+        let (p, v) = (p.as_mut_ptr(), v.as_mut_ptr());
+        let (index, layout) = (index as u32, Piece::<T>::DENSE);
+        let piece = Piece {
+            p,
+            g,
+            v,
+            m,
+            b,
+            numel,
+            index,
+            hyper,
+            layout,
+        };
+        // SAFETY: the slices are borrowed for 'a, mutably where written, and have `numel` elements.
+        unsafe { self.push_piece(piece) };
+    }
+
+    /// Adds a piece.
+    ///
+    /// # Safety
+    /// - For `'a`, each pointer is valid for the elements that `numel` (dense) or the layout names: for reads, and for
+    ///   writes too but for `g`. All but `g` are aligned; a dense `g` is, too.
+    /// - No element of p v m b is reached by another pointer of any piece, or twice through its own layout.
+    /// - `m` need be no array unless the hyperparameters are centered, nor `b` without momentum;
+    ///   `hyper` and `layout` came from this batch.
+    pub unsafe fn push_piece(&mut self, piece: Piece<T>) {
+        if piece.numel > 0 {
+            self.pieces.numel += piece.numel;
+            self.pieces.pieces.push(piece);
+        }
+    }
+
+    /// Bytes that an update reads and writes, about.
+    #[cfg(feature = "python")] // There the GIL is at stake.
+    pub fn bytes(&self) -> usize {
+        self.pieces.numel * ARRAYS * size_of::<T>()
+    }
+
+    /// The sum of the squares of all gradients, in `f64` ([`norm`]).
+    pub fn sum_squares(&mut self, threads: usize) -> f64 {
+        let pieces = &mut *self.pieces;
+        let chunks = pieces.numel.div_ceil(norm::CHUNK);
+        let threads = parallel::useful_threads(threads, pieces.numel * size_of::<T>());
+        if threads <= 1 {
+            let mut sum = 0.0;
+            pieces.squares_of(0..chunks, |_, square| sum += square);
+            return sum;
+        }
+        const GROUP: usize = CHUNK / norm::CHUNK;
+        pieces.squares.resize_with(chunks, AtomicU64::default);
+        self.on_threads(chunks.div_ceil(GROUP), threads, |pieces, group| {
+            let end = ((group + 1) * GROUP).min(pieces.squares.len());
+            pieces.squares_of(group * GROUP..end, |chunk, square| {
+                pieces.squares[chunk].store(square.to_bits(), Relaxed);
+            });
+        });
+        let squares = self.pieces.squares.iter();
+        squares.fold(0.0, |sum, square| {
+            sum + f64::from_bits(square.load(Relaxed))
+        })
+    }
+
+    /// Calls `work` for every index below `count`, on several threads.
+    fn on_threads(&mut self, count: usize, threads: usize, work: fn(&Pieces<T>, usize)) {
+        self.pieces.index();
+        let empty = Pieces::new(self.pieces.isa);
+        let shared = Arc::new(std::mem::replace(self.pieces, empty));
+        parallel::for_each(&shared, count, threads, work);
+        // Nobody else holds it any more: see `for_each`.
+        if let Some(pieces) = Arc::into_inner(shared) {
+            *self.pieces = pieces;
+        }
+    }
+
+    /// The first non-finite element of a gradient: (index of the parameter, element of the piece, value).
+    pub fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
+        let pieces = &*self.pieces;
+        let mut buffer = [T::ZERO; GATHER];
+        for piece in &pieces.pieces {
+            for start in (0..piece.numel).step_by(GATHER) {
+                let end = (start + GATHER).min(piece.numel);
+                pieces.gather(piece, start, end, &mut buffer);
+                let found = buffer[..end - start]
+                    .iter()
+                    .position(|x| !x.to_f64().is_finite());
+                if let Some(i) = found {
+                    return Some((piece.index as usize, start + i, buffer[i].to_f64()));
+                }
+            }
+        }
+        None
+    }
+
+    /// Scales all gradients by the clipping factor.
+    pub fn clip(&mut self, factor: f64) {
+        self.pieces
+            .hypers
+            .iter_mut()
+            .for_each(|hyper| hyper.clip(factor));
+    }
+
+    /// Updates every parameter and its state.
+    pub fn update(mut self, threads: usize) {
+        let pieces = &*self.pieces;
+        let threads = parallel::useful_threads(threads, pieces.numel * ARRAYS * size_of::<T>());
+        if threads <= 1 {
+            for piece in &pieces.pieces {
+                pieces.update_range(piece, 0, piece.numel);
+            }
+            return;
+        }
+        self.on_threads(pieces.numel.div_ceil(CHUNK), threads, |pieces, chunk| {
+            let start = chunk * CHUNK;
+            let end = (start + CHUNK).min(pieces.numel);
+            pieces.pieces_of(start, end, |piece, start, end| {
+                pieces.update_range(piece, start, end)
+            });
+        });
+    }
+}
+
+impl<T> Pieces<T> {
+    fn new(isa: Isa) -> Self {
+        Pieces {
+            isa,
+            pieces: Vec::new(),
+            hypers: Vec::new(),
+            layouts: Vec::new(),
+            numel: 0,
+            ends: Vec::new(),
+            squares: Vec::new(),
+        }
+    }
+}
+
+impl<T: Real> Pieces<T> {
+    /// Fills `ends`.
+    fn index(&mut self) {
+        self.ends.clear();
+        let mut end = 0;
+        self.ends.extend(self.pieces.iter().map(|piece| {
+            end += piece.numel;
+            end
+        }));
+    }
+
+    /// Calls `work(piece, start, end)` for the part of each piece that lies in `start..end` of the flat range.
+    /// Needs `ends`.
+    fn pieces_of(&self, start: usize, end: usize, mut work: impl FnMut(&Piece<T>, usize, usize)) {
+        let mut at = start;
+        let mut index = self.ends.partition_point(|&piece_end| piece_end <= start);
+        while at < end {
+            let piece = &self.pieces[index];
+            let piece_start = self.ends[index] - piece.numel;
+            let stop = self.ends[index].min(end);
+            if at < stop {
+                work(piece, at - piece_start, stop - piece_start);
+            }
+            at = stop;
+            index += 1;
+        }
+    }
+
+    /// Updates the elements `start..end` of a piece.
+    #[inline]
+    fn update_range(&self, piece: &Piece<T>, start: usize, end: usize) {
+        let h = &self.hypers[piece.hyper as usize];
+        if piece.layout != Piece::<T>::DENSE {
+            return self.update_strided(piece, start, end, h);
+        }
+        let len = end - start;
+        // SAFETY: by the contract of `push_piece` the arrays that `h` uses are valid for `numel`
+        // elements and not aliased, and nobody else works on `start..end`: the chunks of a step are
+        // disjoint.
+        let rows = unsafe {
+            let or_empty = |x: *mut T, is_used| match is_used {
+                true => std::slice::from_raw_parts_mut(x.add(start), len),
+                false => &mut [][..],
+            };
+            Rows {
+                p: std::slice::from_raw_parts_mut(piece.p.add(start), len),
+                g: std::slice::from_raw_parts(piece.g.add(start), len),
+                v: std::slice::from_raw_parts_mut(piece.v.add(start), len),
+                m: or_empty(piece.m, h.centered),
+                b: or_empty(piece.b, h.has_momentum()),
+            }
+        };
+        dispatch::rows(self.isa, rows, h);
+    }
+
+    /// Brings strided elements together, updates them there, and puts them back.
+    #[cold]
+    fn update_strided(&self, piece: &Piece<T>, start: usize, end: usize, h: &Hyper<T>) {
+        let layout = &self.layouts[piece.layout as usize];
+        let arrays = [piece.p, piece.g.cast_mut(), piece.v, piece.m, piece.b];
+        let is_used = [true, true, true, h.centered, h.has_momentum()];
+        let used = || (0..ARRAYS).filter(|&array| is_used[array]);
+        let mut buffers = [[T::ZERO; GATHER]; ARRAYS];
+        for start in (start..end).step_by(GATHER) {
+            let end = (start + GATHER).min(end);
+            let len = end - start;
+            for array in used() {
+                let source = arrays[array].cast_const().cast();
+                gather_from(layout, array, source, start, end, &mut buffers[array]);
+            }
+            let [p, g, v, m, b] = &mut buffers;
+            let (p, g, v) = (&mut p[..len], &g[..len], &mut v[..len]);
+            let m = if h.centered { &mut m[..len] } else { &mut [] };
+            let b = if h.has_momentum() {
+                &mut b[..len]
+            } else {
+                &mut []
+            };
+            dispatch::rows(self.isa, Rows { p, g, v, m, b }, h);
+            for array in used().filter(|&array| array != GRADIENT) {
+                let mut filled = 0;
+                layout.walk(start, end, |offsets, strides, len| {
+                    for (i, x) in buffers[array][filled..filled + len].iter().enumerate() {
+                        let offset = offsets[array] + strides[array] * i as isize;
+                        // SAFETY: by the contract of `push_piece` the layout stays inside the array,
+                        // which is aligned and not aliased; nobody else works on `start..end`.
+                        unsafe { *arrays[array].byte_offset(offset) = *x };
+                    }
+                    filled += len;
+                });
+            }
+        }
+    }
+
+    /// Copies the gradient's elements `start..end` to the front of `buffer`.
+    fn gather(&self, piece: &Piece<T>, start: usize, end: usize, buffer: &mut [T]) {
+        if piece.layout != Piece::<T>::DENSE {
+            let layout = &self.layouts[piece.layout as usize];
+            return gather_from(layout, GRADIENT, piece.g.cast(), start, end, buffer);
+        }
+        // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned for `numel` elements.
+        let g = unsafe { std::slice::from_raw_parts(piece.g.add(start), end - start) };
+        buffer[..g.len()].copy_from_slice(g);
+    }
+
+    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range.
+    /// Needs `ends` unless the range starts at 0.
+    fn squares_of(&self, chunks: std::ops::Range<usize>, mut work: impl FnMut(usize, f64)) {
+        let mut buffer = [T::ZERO; norm::CHUNK];
+        let mut index = match chunks.start {
+            0 => 0,
+            start => self.ends.partition_point(|&end| end <= start * norm::CHUNK),
+        };
+        // Where in the piece the chunk begins.
+        let mut at = match chunks.start {
+            0 => 0,
+            start => start * norm::CHUNK + self.pieces[index].numel - self.ends[index],
+        };
+        for chunk in chunks {
+            let wanted = norm::CHUNK.min(self.numel - chunk * norm::CHUNK);
+            let mut filled = 0;
+            while filled < wanted {
+                let piece = &self.pieces[index];
+                let len = (piece.numel - at).min(wanted - filled);
+                if len == wanted && piece.layout == Piece::<T>::DENSE {
+                    // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned for `numel` elements.
+                    let g = unsafe { std::slice::from_raw_parts(piece.g.add(at), len) };
+                    work(chunk, dispatch::sum_squares(self.isa, g));
+                } else {
+                    self.gather(piece, at, at + len, &mut buffer[filled..]);
+                    if filled + len == wanted {
+                        work(chunk, dispatch::sum_squares(self.isa, &buffer[..wanted]));
+                    }
+                }
+                filled += len;
+                at += len;
+                if at == piece.numel {
+                    (index, at) = (index + 1, 0);
+                }
+            }
+        }
+    }
+}
+
+/// Copies the elements `start..end` of one array of a strided piece to the front of `buffer`.
+fn gather_from<T: Real>(
+    layout: &Layout,
+    array: usize,
+    source: *const u8,
+    start: usize,
+    end: usize,
+    buffer: &mut [T],
+) {
+    let mut filled = 0;
+    layout.walk(start, end, |offsets, strides, len| {
+        for (i, x) in buffer[filled..filled + len].iter_mut().enumerate() {
+            let offset = offsets[array] + strides[array] * i as isize;
+            // SAFETY: by the contract of `push_piece` the layout stays inside the array. A gradient may be unaligned.
+            *x = unsafe { source.offset(offset).cast::<T>().read_unaligned() };
+        }
+        filled += len;
+    });
+}

@@ -1,0 +1,492 @@
+//! The optimizer for Rust programs: slices in, in place.
+
+use crate::config::{Config, Nonfinite, validate_max_grad_norm};
+use crate::error::Error;
+use crate::kernel::batch::{Batch, Storage};
+use crate::kernel::dispatch::{Isa, isa};
+use crate::kernel::{Hyper, Real, Rows};
+use crate::parallel::available_threads;
+use crate::state::{State, StateKey};
+
+/// RMSprop over slices of `T`, `f32` or `f64`.
+///
+/// The rule is in the [crate docs](crate); its options are a [`Config`] for each parameter group. The optimizer holds its
+/// state (4 bytes an element for plain `f32`) and nothing else that grows with the elements. A step writes the parameters
+/// and the state; it allocates nothing, except for a few hundred bytes when it runs on several threads.
+///
+/// ```
+/// use rmsprop::{Config, RmsProp};
+/// let (mut w, mut b) = (vec![1.0f32; 4], vec![0.0f32; 2]);
+/// let mut opt = RmsProp::<f32>::new(Config { lr: 1e-2, ..Config::tf1() }, &[w.len(), b.len()])?;
+/// let (gw, gb) = (vec![0.5f32; 4], vec![-1.0f32; 2]);
+/// opt.step(&mut [&mut w, &mut b], &[&gw, &gb])?;
+/// assert!(w[0] < 1.0 && b[0] > 0.0);
+/// # Ok::<(), rmsprop::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct RmsProp<T> {
+    groups: Vec<Group<T>>,
+    isa: Isa,
+    threads: usize,
+    clipping: Clipping,
+    last_grad_norm: Option<f64>,
+    skipped_steps: u64,
+    storage: Storage<T>,
+}
+
+#[derive(Debug)]
+struct Group<T> {
+    config: Config,
+    state: State<T>,
+}
+
+impl<T: Real> RmsProp<T> {
+    /// An optimizer for one group of parameters of these lengths.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`] for an option out of range, [`Error::NoParameters`] for no lengths,
+    /// [`Error::TooLarge`], [`Error::Isa`] if `RMSPROP_ISA` names an instruction set this processor does not have.
+    pub fn new(config: Config, lens: &[usize]) -> Result<Self, Error> {
+        let isa = isa()?;
+        let mut optimizer = RmsProp {
+            groups: Vec::new(),
+            isa,
+            threads: available_threads(),
+            clipping: Clipping::default(),
+            last_grad_norm: None,
+            skipped_steps: 0,
+            storage: Storage::new(isa, 0, 0),
+        };
+        optimizer.add_group(config, lens)?;
+        Ok(optimizer)
+    }
+
+    /// Adds a group of parameters with options of its own. Its parameters come after all others in [`RmsProp::step`].
+    ///
+    /// # Errors
+    /// As [`RmsProp::new`]; the optimizer is unchanged.
+    pub fn add_group(&mut self, config: Config, lens: &[usize]) -> Result<(), Error> {
+        config.validate()?;
+        if lens.is_empty() {
+            return Err(Error::NoParameters);
+        }
+        let mut state = State::new(lens).ok_or(Error::TooLarge)?;
+        state.create(&config);
+        self.groups.push(Group { config, state });
+        self.storage = Storage::new(self.isa, self.parameters(), self.groups.len());
+        Ok(())
+    }
+
+    /// Steps on at most this many threads. [`available_threads`] unless set; small steps stay on the caller anyway.
+    ///
+    /// # Errors
+    /// [`Error::Threads`] for 0.
+    pub fn with_threads(mut self, threads: usize) -> Result<Self, Error> {
+        if threads == 0 {
+            return Err(Error::Threads);
+        }
+        self.threads = threads;
+        Ok(self)
+    }
+
+    /// Steps on another instruction set than [`isa`]; the bits are the same.
+    ///
+    /// # Errors
+    /// [`Error::Isa`] if this processor does not have it.
+    pub fn with_isa(mut self, isa: Isa) -> Result<Self, Error> {
+        self.isa = Isa::named(isa.name())?;
+        self.storage = Storage::new(self.isa, self.parameters(), self.groups.len());
+        Ok(self)
+    }
+
+    /// Scales all gradients by `min(1, max_grad_norm / (norm + 1e-6))`, where norm is the L2 norm over every gradient of
+    /// every group. The gradients themselves are not written.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`] unless it is > 0.
+    pub fn with_max_grad_norm(mut self, max_grad_norm: f64) -> Result<Self, Error> {
+        validate_max_grad_norm(max_grad_norm)?;
+        self.clipping.max_grad_norm = Some(max_grad_norm);
+        Ok(self)
+    }
+
+    /// What a step does with an infinite or NaN gradient.
+    pub fn with_nonfinite(mut self, nonfinite: Nonfinite) -> Self {
+        self.clipping.nonfinite = nonfinite;
+        self
+    }
+
+    /// Updates the parameters in place. Parameters and gradients come in the order of the lengths, over all groups.
+    ///
+    /// # Errors
+    /// [`Error::Count`] or [`Error::Length`] if they do not match, [`Error::Nonfinite`] if asked for. Nothing is changed
+    /// then.
+    pub fn step<P: AsMut<[T]>, G: AsRef<[T]>>(
+        &mut self,
+        params: &mut [P],
+        grads: &[G],
+    ) -> Result<(), Error> {
+        self.update(params, grads.len(), |index| Some(grads[index].as_ref()))
+    }
+
+    /// As [`RmsProp::step`], but leaves the parameters whose gradient is `None` and their state alone.
+    ///
+    /// # Errors
+    /// As [`RmsProp::step`].
+    pub fn step_some<P: AsMut<[T]>, G: AsRef<[T]>>(
+        &mut self,
+        params: &mut [P],
+        grads: &[Option<G>],
+    ) -> Result<(), Error> {
+        self.update(params, grads.len(), |index| {
+            grads[index].as_ref().map(G::as_ref)
+        })
+    }
+
+    fn update<'a, P: AsMut<[T]>>(
+        &mut self,
+        params: &'a mut [P],
+        grads: usize,
+        grad: impl Fn(usize) -> Option<&'a [T]>,
+    ) -> Result<(), Error> {
+        let expected = self.parameters();
+        for (what, found) in [("parameter", params.len()), ("gradient", grads)] {
+            if found != expected {
+                return Err(Error::Count {
+                    what,
+                    expected,
+                    found,
+                });
+            }
+        }
+        let mut batch = self.storage.open();
+        let mut params = params.iter_mut().enumerate();
+        for group in &mut self.groups {
+            group.push(&mut batch, &mut params, &grad)?;
+        }
+        let verdict = self.clipping.judge(&mut OneBatch {
+            batch: &mut batch,
+            threads: self.threads,
+        });
+        self.last_grad_norm = verdict.norm;
+        match verdict.outcome {
+            Outcome::Update { factor } => batch.clip(factor),
+            Outcome::Skip => {
+                self.skipped_steps += 1;
+                return Ok(());
+            }
+            Outcome::Raise {
+                index,
+                element,
+                found,
+            } => {
+                return Err(Error::Nonfinite {
+                    index,
+                    element,
+                    found,
+                });
+            }
+        }
+        batch.update(self.threads);
+        let mut index = 0;
+        for group in &mut self.groups {
+            for step in &mut group.state.steps {
+                *step += u64::from(grad(index).is_some());
+                index += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of parameters over all groups.
+    pub fn parameters(&self) -> usize {
+        self.groups
+            .iter()
+            .map(|group| group.state.ranges.len())
+            .sum()
+    }
+
+    /// The options of a group.
+    ///
+    /// # Errors
+    /// [`Error::Group`].
+    pub fn config(&self, group: usize) -> Result<&Config, Error> {
+        let count = self.groups.len();
+        self.groups
+            .get(group)
+            .map(|group| &group.config)
+            .ok_or(Error::Group {
+                index: group,
+                count,
+            })
+    }
+
+    /// Changes the options of a group from the next step on. State that they newly need is created at its start value;
+    /// state that they no longer use is kept.
+    ///
+    /// # Errors
+    /// [`Error::Group`], [`Error::Hyperparameter`]; the options are unchanged.
+    pub fn set_config(&mut self, group: usize, config: Config) -> Result<(), Error> {
+        config.validate()?;
+        let count = self.groups.len();
+        let group = self.groups.get_mut(group).ok_or(Error::Group {
+            index: group,
+            count,
+        })?;
+        group.state.create(&config);
+        group.config = config;
+        Ok(())
+    }
+
+    /// Changes the learning rate of every group from the next step on.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`]; no group is changed.
+    pub fn set_lr(&mut self, lr: f64) -> Result<(), Error> {
+        Config {
+            lr,
+            ..Config::default()
+        }
+        .validate()?;
+        self.groups
+            .iter_mut()
+            .for_each(|group| group.config.lr = lr);
+        Ok(())
+    }
+
+    /// A parameter's state; `None` if there is no such parameter or its group has never used the key.
+    pub fn state(&self, parameter: usize, key: StateKey) -> Option<&[T]> {
+        let (group, index) = self.locate(parameter)?;
+        let state = &self.groups[group].state;
+        Some(&state.arrays[key as usize])
+            .filter(|array| array.len() == state.numel())
+            .map(|array| &array[state.ranges[index].clone()])
+    }
+
+    /// As [`RmsProp::state`], to restore it by writing.
+    pub fn state_mut(&mut self, parameter: usize, key: StateKey) -> Option<&mut [T]> {
+        self.state(parameter, key)?;
+        let (group, index) = self.locate(parameter)?;
+        let state = &mut self.groups[group].state;
+        Some(&mut state.arrays[key as usize][state.ranges[index].clone()])
+    }
+
+    /// How often a parameter was updated.
+    pub fn steps(&self, parameter: usize) -> Option<u64> {
+        let (group, index) = self.locate(parameter)?;
+        Some(self.groups[group].state.steps[index])
+    }
+
+    /// As [`RmsProp::steps`], to restore it by writing.
+    pub fn steps_mut(&mut self, parameter: usize) -> Option<&mut u64> {
+        let (group, index) = self.locate(parameter)?;
+        Some(&mut self.groups[group].state.steps[index])
+    }
+
+    /// The L2 norm over all gradients at the last step, before clipping, also if it was skipped; `None` without
+    /// [`RmsProp::with_max_grad_norm`].
+    pub fn last_grad_norm(&self) -> Option<f64> {
+        self.last_grad_norm
+    }
+
+    /// Steps left out because of [`Nonfinite::Skip`].
+    pub fn skipped_steps(&self) -> u64 {
+        self.skipped_steps
+    }
+
+    /// The group of a parameter and its place there.
+    fn locate(&self, parameter: usize) -> Option<(usize, usize)> {
+        let mut index = parameter;
+        for (place, group) in self.groups.iter().enumerate() {
+            let len = group.state.ranges.len();
+            if index < len {
+                return Some((place, index));
+            }
+            index -= len;
+        }
+        None
+    }
+}
+
+impl<T: Real> Group<T> {
+    /// Adds the parameters that have a gradient to the batch.
+    fn push<'a, 'g: 'a, P: AsMut<[T]> + 'g>(
+        &'a mut self,
+        batch: &mut Batch<'_, 'a, T>,
+        params: &mut impl Iterator<Item = (usize, &'g mut P)>,
+        grad: &impl Fn(usize) -> Option<&'g [T]>,
+    ) -> Result<(), Error> {
+        let Group {
+            config,
+            state:
+                State {
+                    arrays: [v, m, b],
+                    steps,
+                    ranges,
+                },
+        } = self;
+        let used = |key: StateKey, array: &'a mut Vec<T>| match key.is_used(config) {
+            true => array.as_mut_slice(),
+            false => &mut [],
+        };
+        let mut v = used(StateKey::SquareAvg, v);
+        let mut m = used(StateKey::GradAvg, m);
+        let mut b = used(StateKey::MomentumBuffer, b);
+        let mut hypers = HyperCache::default();
+        for (range, &step) in ranges.iter().zip(steps.iter()) {
+            let expected = range.len();
+            let take = |rest: &mut &'a mut [T]| rest.split_off_mut(..expected).unwrap_or_default();
+            let (v, m, b) = (take(&mut v), take(&mut m), take(&mut b));
+            let Some((index, param)) = params.next() else {
+                break;
+            };
+            let p = param.as_mut();
+            let g = grad(index);
+            let lens = [
+                ("parameter", p.len()),
+                ("gradient", g.map_or(expected, <[T]>::len)),
+            ];
+            for (what, found) in lens {
+                if found != expected {
+                    return Err(Error::Length {
+                        what,
+                        index,
+                        expected,
+                        found,
+                    });
+                }
+            }
+            if let Some(g) = g {
+                let hyper = hypers.get(batch, config, step);
+                batch.push(index, Rows { p, g, v, m, b }, hyper);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The hyperparameters of a group in a batch: the same for parameters that were updated equally often, and for all
+/// without bias correction.
+#[derive(Default)]
+pub(crate) struct HyperCache {
+    last: Option<(u64, u32)>,
+}
+
+impl HyperCache {
+    /// The index of the hyperparameters for a parameter that was updated `steps` times.
+    #[inline(always)]
+    pub fn get<T: Real>(
+        &mut self,
+        batch: &mut Batch<'_, '_, T>,
+        config: &Config,
+        steps: u64,
+    ) -> u32 {
+        let t = if config.bias_correction {
+            steps.saturating_add(1)
+        } else {
+            1
+        };
+        match self.last {
+            Some((last, hyper)) if last == t => hyper,
+            _ => self.push(batch, config, t),
+        }
+    }
+
+    #[cold]
+    fn push<T: Real>(&mut self, batch: &mut Batch<'_, '_, T>, config: &Config, t: u64) -> u32 {
+        let hyper = batch.push_hyper(Hyper::new(config, t));
+        self.last = Some((t, hyper));
+        hyper
+    }
+}
+
+struct OneBatch<'b, 's, 'a, T> {
+    batch: &'b mut Batch<'s, 'a, T>,
+    threads: usize,
+}
+
+impl<T: Real> Gradients for OneBatch<'_, '_, '_, T> {
+    fn sum_squares(&mut self) -> f64 {
+        self.batch.sum_squares(self.threads)
+    }
+
+    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
+        self.batch.find_nonfinite()
+    }
+}
+
+/// The options that look at all gradients before a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Clipping {
+    pub max_grad_norm: Option<f64>,
+    pub nonfinite: Nonfinite,
+}
+
+/// What [`Clipping`] says of a step.
+pub(crate) struct Verdict {
+    /// The norm before clipping; only with `max_grad_norm`.
+    pub norm: Option<f64>,
+    pub outcome: Outcome,
+}
+
+pub(crate) enum Outcome {
+    Update {
+        factor: f64,
+    },
+    Skip,
+    Raise {
+        index: usize,
+        element: usize,
+        found: f64,
+    },
+}
+
+/// The gradients of a step.
+pub(crate) trait Gradients {
+    /// The sum of their squares, in `f64`.
+    fn sum_squares(&mut self) -> f64;
+    /// The first element that is not finite: the parameter's index, the element, the value.
+    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)>;
+}
+
+impl Clipping {
+    /// Reads the gradients once, if an option asks for it.
+    pub fn judge(&self, gradients: &mut impl Gradients) -> Verdict {
+        if self.max_grad_norm.is_none() && self.nonfinite == Nonfinite::Propagate {
+            return Verdict {
+                norm: None,
+                outcome: Outcome::Update { factor: 1.0 },
+            };
+        }
+        let squares = gradients.sum_squares();
+        let norm = squares.sqrt();
+        // The sum of finite f64 squares can overflow: look again before blaming a gradient.
+        let found = match self.nonfinite {
+            Nonfinite::Skip | Nonfinite::Raise if !squares.is_finite() => {
+                gradients.find_nonfinite()
+            }
+            _ => None,
+        };
+        let outcome = match (found, self.nonfinite) {
+            (Some((index, element, found)), Nonfinite::Raise) => Outcome::Raise {
+                index,
+                element,
+                found,
+            },
+            (Some(_), _) => Outcome::Skip,
+            (None, _) => Outcome::Update {
+                factor: self.factor(norm),
+            },
+        };
+        Verdict {
+            norm: self.max_grad_norm.map(|_| norm),
+            outcome,
+        }
+    }
+
+    /// min(1, max_grad_norm / (norm + 1e-6)); NaN if the norm is NaN, as in torch's `clip_grad_norm_`.
+    fn factor(&self, norm: f64) -> f64 {
+        let factor = self.max_grad_norm.map_or(1.0, |max| max / (norm + 1e-6));
+        if factor > 1.0 { 1.0 } else { factor }
+    }
+}

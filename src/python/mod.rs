@@ -1,0 +1,78 @@
+//! The Python extension module `rmsprop._core`: it converts, releases the GIL, calls and maps errors. No arithmetic.
+
+mod error;
+mod group;
+mod optimizer;
+mod options;
+mod parameter;
+mod step;
+#[allow(unsafe_code)] // The second of two doors: tensor import.
+mod tensor;
+mod turn;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::config::Config;
+use crate::dialect::DIALECTS;
+use crate::kernel::dispatch::isa;
+
+/// The options that a dialect fixes; ValueError for an unknown name.
+#[pyfunction]
+fn dialect<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
+    let config = Config::dialect(name).ok_or_else(|| {
+        let names = DIALECTS.join(", ");
+        pyo3::exceptions::PyValueError::new_err(format!(
+            "dialect: expected one of {names}, got '{name}'"
+        ))
+    })?;
+    let options = PyDict::new(py);
+    options.set_item("alpha", config.alpha)?;
+    options.set_item("eps", config.eps)?;
+    options.set_item("weight_decay", config.weight_decay)?;
+    options.set_item("momentum", config.momentum)?;
+    options.set_item("centered", config.centered)?;
+    options.set_item("eps_in_sqrt", config.eps_in_sqrt)?;
+    options.set_item("initial_square_avg", config.initial_square_avg)?;
+    options.set_item("lr_in_momentum", config.lr_in_momentum)?;
+    options.set_item("nesterov", config.nesterov)?;
+    options.set_item("bias_correction", config.bias_correction)?;
+    options.set_item("decoupled_weight_decay", config.decoupled_weight_decay)?;
+    Ok(options)
+}
+
+/// Checks the options of a dict; `place` is " of group 0" or nothing. TypeError or ValueError names the first bad one.
+#[pyfunction]
+fn check_options(options: &Bound<'_, PyDict>, place: &str) -> PyResult<()> {
+    options::config_of(options, place).map(|_| ())
+}
+
+/// What runs: version, instruction set, threads, features.
+#[pyfunction]
+fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("isa", isa()?.name())?;
+    info.set_item("threads", optimizer::default_threads()?)?;
+    let features: &[&str] = if cfg!(debug_assertions) {
+        &["rayon", "python", "debug"]
+    } else {
+        &["rayon", "python"]
+    };
+    info.set_item("features", features)?;
+    Ok(info)
+}
+
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    if let Err(error) = isa() {
+        return Err(pyo3::exceptions::PyImportError::new_err(error.to_string()));
+    }
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<optimizer::Optimizer>()?;
+    module.add_class::<parameter::Parameter>()?;
+    module.add_function(wrap_pyfunction!(dialect, module)?)?;
+    module.add_function(wrap_pyfunction!(check_options, module)?)?;
+    module.add_function(wrap_pyfunction!(info, module)?)?;
+    module.add_function(wrap_pyfunction!(turn::after_fork, module)?)
+}

@@ -1,0 +1,218 @@
+//! `Parameter`: a NumPy array with a place for its gradient.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use numpy::PyUntypedArray;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::{PyTraverseError, PyVisit};
+
+use super::tensor::Tensor;
+
+/// The Rust part of `rmsprop.Parameter`, which documents it.
+#[pyclass(subclass, frozen, weakref, module = "rmsprop._core")]
+pub(crate) struct Parameter {
+    fields: Mutex<Fields>,
+}
+
+struct Fields {
+    data: Py<PyUntypedArray>,
+    grad: Option<Py<PyAny>>,
+    name: Option<String>,
+    slot: Option<Slot>,
+}
+
+/// A parameter's place in the flat buffers of an optimizer with `contiguous_params`.
+pub(crate) struct Slot {
+    pub data: Py<PyUntypedArray>,
+    pub grad: Option<Py<PyAny>>,
+    /// How many parameters of these buffers have been given another array, or another gradient.
+    pub strays: Arc<AtomicUsize>,
+    is_stray: bool,
+}
+
+impl Slot {
+    pub fn new(
+        data: Py<PyUntypedArray>,
+        grad: Option<Py<PyAny>>,
+        strays: Arc<AtomicUsize>,
+    ) -> Self {
+        Slot {
+            data,
+            grad,
+            strays,
+            is_stray: false,
+        }
+    }
+}
+
+impl Fields {
+    /// Tells the optimizer whether its flat buffers still are what this parameter uses.
+    fn note(&mut self) {
+        let Some(slot) = &mut self.slot else { return };
+        let is_grad = match (&slot.grad, &self.grad) {
+            (Some(mine), Some(its)) => mine.is(its),
+            (None, None) => true,
+            _ => false,
+        };
+        let is_stray = !(slot.data.is(&self.data) && is_grad);
+        if is_stray != slot.is_stray {
+            slot.is_stray = is_stray;
+            match is_stray {
+                true => slot.strays.fetch_add(1, Relaxed),
+                false => slot.strays.fetch_sub(1, Relaxed),
+            };
+        }
+    }
+}
+
+impl Parameter {
+    fn fields(&self) -> MutexGuard<'_, Fields> {
+        self.fields.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    pub fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
+        self.fields().data.bind(py).clone()
+    }
+
+    /// As `data`, without a new reference.
+    #[inline]
+    pub fn with_data<R>(
+        &self,
+        py: Python<'_>,
+        look: impl FnOnce(&Bound<'_, PyUntypedArray>) -> R,
+    ) -> R {
+        look(self.fields().data.bind(py))
+    }
+
+    #[inline]
+    pub fn grad<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.fields()
+            .grad
+            .as_ref()
+            .map(|grad| grad.bind(py).clone())
+    }
+
+    pub fn name(&self) -> Option<String> {
+        self.fields().name.clone()
+    }
+
+    /// Moves the parameter into an optimizer's flat buffers: the arrays of the slot become its data and gradient.
+    pub fn settle(&self, py: Python<'_>, slot: Slot) {
+        let mut fields = self.fields();
+        let data = std::mem::replace(&mut fields.data, slot.data.clone_ref(py));
+        let grad = std::mem::replace(
+            &mut fields.grad,
+            slot.grad.as_ref().map(|grad| grad.clone_ref(py)),
+        );
+        let left = fields.slot.replace(slot);
+        drop(fields);
+        if let Some(left) = left.filter(|left| !left.is_stray) {
+            // For the optimizer it leaves it is a stray for good.
+            left.strays.fetch_add(1, Relaxed);
+        }
+        drop((data, grad));
+    }
+}
+
+/// The array that `data` stands for.
+fn as_array<'py>(data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let py = data.py();
+    let array = match data.cast::<PyUntypedArray>() {
+        Ok(array) => array.clone(),
+        Err(_) => {
+            let array = py
+                .import(intern!(py, "numpy"))?
+                .call_method1(intern!(py, "asarray"), (data,))?;
+            array.cast_into::<PyUntypedArray>()?
+        }
+    };
+    Tensor::of_array(&array).map_err(|refusal| refusal.at("data of a Parameter"))?;
+    Ok(array)
+}
+
+#[pymethods]
+impl Parameter {
+    #[new]
+    #[pyo3(signature = (data, name = None))]
+    fn new(data: &Bound<'_, PyAny>, name: Option<String>) -> PyResult<Self> {
+        let data = as_array(data)?.unbind();
+        Ok(Parameter {
+            fields: Mutex::new(Fields {
+                data,
+                grad: None,
+                name,
+                slot: None,
+            }),
+        })
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let Ok(fields) = self.fields.try_lock() else {
+            return Ok(());
+        };
+        visit.call(&fields.data)?;
+        visit.call(&fields.grad)?;
+        match &fields.slot {
+            Some(slot) => {
+                visit.call(&slot.data)?;
+                visit.call(&slot.grad)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn __clear__(&self) {
+        let mut fields = self.fields();
+        let slot = fields.slot.take();
+        let grad = fields.grad.take();
+        drop(fields);
+        drop((slot, grad));
+    }
+
+    /// The array itself.
+    #[getter(data)]
+    fn get_data<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
+        self.data(py)
+    }
+
+    #[setter(data)]
+    fn set_data(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
+        let data = as_array(data)?.unbind();
+        let mut fields = self.fields();
+        let old = std::mem::replace(&mut fields.data, data);
+        fields.note();
+        drop(fields);
+        drop(old);
+        Ok(())
+    }
+
+    /// The gradient: None, or an array of the same shape and dtype (checked by the step).
+    #[getter(grad)]
+    fn get_grad<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.grad(py)
+    }
+
+    #[setter(grad)]
+    fn set_grad(&self, grad: Option<Py<PyAny>>) {
+        let mut fields = self.fields();
+        let old = std::mem::replace(&mut fields.grad, grad);
+        fields.note();
+        drop(fields);
+        drop(old);
+    }
+
+    /// What messages, and gradients given by name, call it; or None.
+    #[getter(name)]
+    fn get_name(&self) -> Option<String> {
+        self.name()
+    }
+
+    #[setter(name)]
+    fn set_name(&self, name: Option<String>) {
+        self.fields().name = name;
+    }
+}

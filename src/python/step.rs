@@ -1,0 +1,545 @@
+//! A step over Python's arrays: convert, check, release the GIL, call, count.
+
+use pyo3::exceptions::{
+    PyAttributeError, PyFloatingPointError, PyIndexError, PyKeyError, PyTypeError, PyValueError,
+};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
+
+use super::group::{DTYPES, Group, Half, flatten, state_spans};
+use super::options::{Snapshot, config_of, is_contiguous};
+use super::tensor::work::{Guard, Incoming, Param, Work, assemble};
+use super::tensor::{DType, Source, is_same};
+use crate::kernel::batch::Storage;
+use crate::optimizer::{Clipping, Gradients, Outcome};
+
+/// Bytes that a step reads and writes from which on it releases the GIL: some 30 µs of work. The
+/// references that it must hold while other threads run cost 5 ns a tensor.
+const DETACH_BYTES: usize = 4 << 20;
+
+/// What an optimizer holds.
+pub(crate) struct Inner {
+    pub groups: Vec<Group>,
+    pub params: Vec<Param>,
+    /// Updates of each parameter.
+    pub steps: Vec<u64>,
+    pub guard: Guard,
+    pub clipping: Clipping,
+    /// As given; None means as many as there are.
+    pub threads: Option<usize>,
+    pub default_threads: usize,
+    pub last_grad_norm: Option<f64>,
+    pub skipped_steps: u64,
+    /// Kept from step to step so that a step allocates nothing.
+    pub f32: Storage<f32>,
+    pub f64: Storage<f64>,
+    /// One for each parameter; none of them is there between steps.
+    pub incoming: Vec<Incoming>,
+    pub keep: Vec<Py<PyAny>>,
+}
+
+/// Gradients that were handed to a step.
+pub(crate) enum Grads<'py> {
+    List(Bound<'py, PyList>),
+    Tuple(Bound<'py, PyTuple>),
+    Mapping(Bound<'py, PyMapping>),
+}
+
+impl<'py> Grads<'py> {
+    /// Sorts out what was handed over; an iterable is read once.
+    pub fn new(grads: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if let Ok(list) = grads.cast::<PyList>() {
+            return Ok(Grads::List(list.clone()));
+        }
+        if let Ok(tuple) = grads.cast::<PyTuple>() {
+            return Ok(Grads::Tuple(tuple.clone()));
+        }
+        if let Ok(mapping) = grads.cast::<PyMapping>() {
+            return Ok(Grads::Mapping(mapping.clone()));
+        }
+        let is_bare = grads.is_instance_of::<PyString>() || Source::of(grads).is_ok();
+        let class = grads.get_type().name()?;
+        let wrong = || {
+            PyTypeError::new_err(format!(
+                "grads: expected a sequence or a mapping of arrays, got {class}"
+            ))
+        };
+        if is_bare {
+            return Err(wrong());
+        }
+        // Any other iterable, read once.
+        let tuple = PyTuple::new(
+            grads.py(),
+            grads
+                .try_iter()
+                .map_err(|_| wrong())?
+                .collect::<PyResult<Vec<_>>>()?,
+        )?;
+        Ok(Grads::Tuple(tuple))
+    }
+}
+
+impl Inner {
+    pub fn locate(&self, index: usize) -> PyResult<(usize, DType)> {
+        let group = self
+            .groups
+            .iter()
+            .position(|group| group.range.contains(&index));
+        match group {
+            Some(group) => Ok((group, self.params[index].destination.dtype)),
+            None => Err(PyIndexError::new_err(format!(
+                "parameter {index}: expected an index below {}",
+                self.params.len()
+            ))),
+        }
+    }
+
+    pub fn step(
+        &mut self,
+        py: Python<'_>,
+        dicts: &Bound<'_, PyList>,
+        grads: Option<Grads<'_>>,
+    ) -> PyResult<()> {
+        self.read_groups(py, dicts)?;
+        self.take_gradients(py, grads)?;
+        let threads = self.threads.unwrap_or(self.default_threads);
+        let clipping = self.clipping;
+        let Inner {
+            groups,
+            params,
+            steps,
+            guard,
+            f32,
+            f64,
+            incoming,
+            keep,
+            ..
+        } = self;
+        let mut capsules = Vec::new();
+        let mut work = Work {
+            f32: f32.open(),
+            f64: f64.open(),
+        };
+        let spans = || state_spans(groups);
+        assemble(
+            py,
+            params,
+            incoming,
+            steps,
+            groups.iter().map(Group::work),
+            guard,
+            spans,
+            &mut capsules,
+            &mut work,
+        )?;
+        let bytes = work.f32.bytes() + work.f64.bytes();
+        let run = move || {
+            let verdict = clipping.judge(&mut BothTypes {
+                work: &mut work,
+                threads,
+            });
+            if let Outcome::Update { factor } = verdict.outcome {
+                let Work { mut f32, mut f64 } = work;
+                f32.clip(factor);
+                f64.clip(factor);
+                f32.update(threads);
+                f64.update(threads);
+            }
+            verdict
+        };
+        let verdict = if bytes < DETACH_BYTES {
+            run()
+        } else {
+            // The arrays must outlive the step even if another thread replaces them meanwhile.
+            for group in groups.iter().filter(|group| !group.is_flat) {
+                let arrays = params[group.range.clone()].iter();
+                let arrays = arrays.filter_map(|param| param.source.array(py));
+                keep.extend(arrays.map(|array| array.into_any().unbind()));
+            }
+            py.detach(run)
+        };
+        drop(capsules);
+        self.last_grad_norm = verdict.norm;
+        match verdict.outcome {
+            Outcome::Update { .. } => self.count_steps(),
+            Outcome::Skip => self.skipped_steps += 1,
+            Outcome::Raise {
+                index,
+                element,
+                found,
+            } => return Err(self.blame(index, element, found)),
+        }
+        Ok(())
+    }
+
+    /// Reads the options of the groups as they are now.
+    fn read_groups(&mut self, py: Python<'_>, dicts: &Bound<'_, PyList>) -> PyResult<()> {
+        if dicts.len() != self.groups.len() {
+            return Err(PyValueError::new_err(format!(
+                "param_groups: expected {} groups, got {}: add_param_group adds one",
+                self.groups.len(),
+                dicts.len()
+            )));
+        }
+        for index in 0..self.groups.len() {
+            let dict = dicts.get_item(index)?;
+            let Ok(dict) = dict.cast::<PyDict>() else {
+                let class = dict.get_type().name()?;
+                return Err(PyTypeError::new_err(format!(
+                    "group {index}: expected a dict, got {class}"
+                )));
+            };
+            if !self.groups[index].snapshot.is_current(dict) {
+                self.read_group(py, index, dict)?;
+            }
+            self.groups[index].check_buffers(py, index)?;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn read_group(
+        &mut self,
+        py: Python<'_>,
+        index: usize,
+        dict: &Bound<'_, PyDict>,
+    ) -> PyResult<()> {
+        let place = format!(" of group {index}");
+        let config = config_of(dict, &place)?;
+        let is_contiguous = is_contiguous(dict)?;
+        let group = &mut self.groups[index];
+        if is_contiguous != group.is_contiguous {
+            let (wanted, found) = (group.is_contiguous, is_contiguous);
+            return Err(PyValueError::new_err(format!(
+                "contiguous_params{place}: expected {wanted} as at its construction, got {found}"
+            )));
+        }
+        let objects = dict.get_item(intern!(py, "params"))?;
+        let objects = objects.ok_or_else(|| {
+            PyValueError::new_err(format!("params{place}: expected a tuple, got none"))
+        })?;
+        if !is_same(&objects, group.objects.as_any()) {
+            self.rebind(py, index, &objects)?;
+        }
+        let group = &mut self.groups[index];
+        if group.create(py, &mut self.params, &config, |key, _| key.is_used(&config))? {
+            self.guard.forget();
+        }
+        group.config = config;
+        group.snapshot = Snapshot::new(dict);
+        Ok(())
+    }
+
+    /// Takes another list of parameters for a group: as many, each of the shape and type it had.
+    fn rebind(&mut self, py: Python<'_>, group: usize, objects: &Bound<'_, PyAny>) -> PyResult<()> {
+        let objects = PyTuple::new(py, objects.try_iter()?.collect::<PyResult<Vec<_>>>()?)?;
+        let range = self.groups[group].range.clone();
+        if objects.len() != range.len() {
+            return Err(PyValueError::new_err(format!(
+                "params of group {group}: expected {} parameters, got {}: add_param_group adds some",
+                range.len(),
+                objects.len()
+            )));
+        }
+        let mut replaced = Vec::new();
+        for (index, object) in range.zip(objects.iter()) {
+            let old = &self.params[index];
+            if is_same(&object, &old.object) {
+                continue;
+            }
+            let mut new = Param::new(&object, old.name.clone(), index)?;
+            new.succeed(old, index)?;
+            replaced.push((index, new));
+        }
+        for (index, new) in replaced {
+            self.params[index] = new;
+            self.guard.forget();
+            self.groups[group]
+                .halves
+                .iter_mut()
+                .for_each(|half| half.flat = None);
+        }
+        self.groups[group].objects = objects.unbind();
+        Ok(())
+    }
+
+    /// Fills `incoming` with the gradients of this step. May run Python code.
+    fn take_gradients(&mut self, py: Python<'_>, grads: Option<Grads<'_>>) -> PyResult<()> {
+        let Inner {
+            groups,
+            params,
+            steps,
+            guard,
+            incoming,
+            keep,
+            ..
+        } = self;
+        match grads {
+            Some(Grads::List(list)) => {
+                check_count(list.len(), params.len())?;
+                groups.iter_mut().for_each(|group| group.is_flat = false);
+                for (index, param) in params.iter().enumerate() {
+                    incoming[index] = Incoming::new(list.get_item(index)?, keep, param, index)?;
+                }
+            }
+            Some(Grads::Tuple(tuple)) => {
+                check_count(tuple.len(), params.len())?;
+                groups.iter_mut().for_each(|group| group.is_flat = false);
+                for (index, param) in params.iter().enumerate() {
+                    incoming[index] = Incoming::new(tuple.get_item(index)?, keep, param, index)?;
+                }
+            }
+            Some(Grads::Mapping(mapping)) => {
+                groups.iter_mut().for_each(|group| group.is_flat = false);
+                for (index, param) in params.iter().enumerate() {
+                    let Some(name) = &param.name else {
+                        let message = "grads: expected a sequence, since the parameters have no names, got a mapping";
+                        return Err(PyValueError::new_err(message));
+                    };
+                    let object = mapping.get_item(name).map_err(|_| {
+                        let culprit = param.culprit("gradient", index);
+                        PyValueError::new_err(format!(
+                            "{culprit}: expected an array or None, got no entry in grads"
+                        ))
+                    })?;
+                    incoming[index] = Incoming::new(object, keep, param, index)?;
+                }
+                if mapping.len()? != params.len() {
+                    for key in mapping.keys()?.iter() {
+                        if !key.extract::<&str>().is_ok_and(|key| {
+                            params
+                                .iter()
+                                .any(|param| param.name.as_deref() == Some(key))
+                        }) {
+                            let message =
+                                format!("grads: expected names of parameters, got {}", key.repr()?);
+                            return Err(PyValueError::new_err(message));
+                        }
+                    }
+                }
+            }
+            None => {
+                for group in groups.iter_mut() {
+                    group.settle_mode(py, params, steps, guard)?;
+                    if group.is_flat {
+                        continue;
+                    }
+                    for index in group.range.clone() {
+                        let param = &params[index];
+                        let object = match &param.source {
+                            Source::Parameter(parameter) => parameter.get().grad(py),
+                            _ => Some(param.object.bind(py).getattr(intern!(py, "grad")).map_err(|error| {
+                                match error.is_instance_of::<PyAttributeError>(py) {
+                                    true => {
+                                        let culprit = param.culprit("parameter", index);
+                                        let message = format!("{culprit}: expected one with .grad, or a step(grads=...), got neither");
+                                        PyValueError::new_err(message)
+                                    }
+                                    false => error,
+                                }
+                            })?),
+                        };
+                        if let Some(object) = object {
+                            incoming[index] = Incoming::new(object, keep, param, index)?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of what a step held.
+    pub fn release(&mut self, py: Python<'_>) {
+        for group in self.groups.iter().filter(|group| !group.is_flat) {
+            let incoming = &mut self.incoming[group.range.clone()];
+            incoming
+                .iter_mut()
+                .for_each(|gradient| gradient.release(py));
+        }
+        self.keep.clear();
+    }
+
+    fn count_steps(&mut self) {
+        for group in &self.groups {
+            let steps = &mut self.steps[group.range.clone()];
+            match group.is_flat {
+                true => steps.iter_mut().for_each(|step| *step += 1),
+                false => {
+                    for (step, gradient) in
+                        steps.iter_mut().zip(&self.incoming[group.range.clone()])
+                    {
+                        *step += u64::from(gradient.is_some());
+                    }
+                }
+            }
+        }
+    }
+
+    /// The error for a gradient that is not finite. A piece may be several parameters that lie next to each other.
+    fn blame(&self, mut index: usize, mut element: usize, found: f64) -> PyErr {
+        let dtype = self.params[index].destination.dtype;
+        while element >= self.params[index].destination.numel {
+            let next = (index + 1..self.params.len())
+                .find(|&next| self.params[next].destination.dtype == dtype);
+            let Some(next) = next else { break };
+            element -= self.params[index].destination.numel;
+            index = next;
+        }
+        let culprit = self.params[index].culprit("gradient", index);
+        let found = found.to_string().to_lowercase();
+        PyFloatingPointError::new_err(format!(
+            "{culprit}: expected finite values, got {found} at element {element}"
+        ))
+    }
+
+    pub fn add_group(
+        &mut self,
+        py: Python<'_>,
+        dict: &Bound<'_, PyDict>,
+        names: Vec<Option<String>>,
+    ) -> PyResult<()> {
+        let index = self.groups.len();
+        let config = config_of(dict, &format!(" of group {index}"))?;
+        let is_contiguous = is_contiguous(dict)?;
+        let objects = dict
+            .get_item(intern!(py, "params"))?
+            .ok_or_else(|| PyKeyError::new_err("params"))?;
+        let objects = objects.cast_into::<PyTuple>()?;
+        let first = self.params.len();
+        let added = self
+            .add_params(&objects, names, is_contiguous)
+            .and_then(|()| {
+                let mut halves = [Half::default(), Half::default()];
+                for param in &mut self.params[first..] {
+                    let half = &mut halves[param.destination.dtype as usize];
+                    param.offset = half.numel;
+                    half.numel += param.destination.numel;
+                }
+                for (half, dtype) in halves.iter_mut().zip(DTYPES) {
+                    half.create(py, dtype, &config, |key| key.is_used(&config))?;
+                }
+                if is_contiguous {
+                    flatten(py, &mut self.params[first..], first, &mut halves)?;
+                }
+                Ok(halves)
+            });
+        self.guard.forget();
+        match added {
+            Ok(halves) => {
+                let range = first..self.params.len();
+                self.steps.resize(range.end, 0);
+                self.incoming.resize_with(range.end, Incoming::default);
+                let snapshot = Snapshot::new(dict);
+                let objects = objects.unbind();
+                self.groups.push(Group {
+                    snapshot,
+                    objects,
+                    config,
+                    range,
+                    halves,
+                    is_contiguous,
+                    is_flat: false,
+                });
+                if let Some(group) = self.groups.last() {
+                    group.place(&mut self.params);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.params.truncate(first);
+                Err(error)
+            }
+        }
+    }
+
+    fn add_params(
+        &mut self,
+        objects: &Bound<'_, PyTuple>,
+        names: Vec<Option<String>>,
+        is_contiguous: bool,
+    ) -> PyResult<()> {
+        for (object, name) in objects.iter().zip(names) {
+            let index = self.params.len();
+            let param = Param::new(&object, name, index)?;
+            if let Some(twin) = self
+                .params
+                .iter()
+                .position(|other| is_same(&object, &other.object))
+            {
+                let (twin, param) = (
+                    self.params[twin].culprit("parameter", twin),
+                    param.culprit("parameter", index),
+                );
+                let message = format!(
+                    "{param} overlaps {twin}: expected each parameter once, got the same object"
+                );
+                return Err(PyValueError::new_err(message));
+            }
+            if let Some(other) = self.params.first()
+                && other.name.is_some() != param.name.is_some()
+            {
+                let message = "expected names for all parameters or for none";
+                return Err(PyValueError::new_err(format!(
+                    "{}: {message}",
+                    param.culprit("parameter", index)
+                )));
+            }
+            if let Some(twin) = self
+                .params
+                .iter()
+                .position(|other| param.name.is_some() && other.name == param.name)
+            {
+                let param = param.culprit("parameter", index);
+                return Err(PyValueError::new_err(format!(
+                    "{param}: expected a name of its own, got that of parameter {twin}"
+                )));
+            }
+            if is_contiguous && !matches!(param.source, Source::Parameter(_)) {
+                let (param, class) = (param.culprit("parameter", index), object.get_type().name()?);
+                let message = format!(
+                    "{param}: expected, with contiguous_params, a Parameter, which can be moved, got {class}"
+                );
+                return Err(PyValueError::new_err(message));
+            }
+            self.params.push(param);
+        }
+        // The others may have moved since they were last looked at.
+        self.params.iter_mut().for_each(|param| {
+            param.follow(objects.py());
+        });
+        self.guard.forget();
+        let groups = &self.groups;
+        self.guard.check(&mut self.params, || state_spans(groups))
+    }
+}
+
+fn check_count(found: usize, wanted: usize) -> PyResult<()> {
+    match found == wanted {
+        true => Ok(()),
+        false => {
+            let message = format!("grads: expected {wanted} gradients, got {found}");
+            Err(PyValueError::new_err(message))
+        }
+    }
+}
+
+/// The gradients of both types as one sequence: f32 first.
+struct BothTypes<'b, 's, 'a> {
+    work: &'b mut Work<'s, 'a>,
+    threads: usize,
+}
+
+impl Gradients for BothTypes<'_, '_, '_> {
+    fn sum_squares(&mut self) -> f64 {
+        self.work.f32.sum_squares(self.threads) + self.work.f64.sum_squares(self.threads)
+    }
+
+    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
+        self.work
+            .f32
+            .find_nonfinite()
+            .or_else(|| self.work.f64.find_nonfinite())
+    }
+}

@@ -1,0 +1,402 @@
+//! DLPack 1.x: the C structures, capsules and the C exchange API.
+//!
+//! Source: dmlc/dlpack v1.3, `include/dlpack/dlpack.h`, and the Python specification beside it.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr::NonNull;
+
+use pyo3::exceptions::{PyAttributeError, PyBufferError, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType};
+use pyo3::{ffi, intern};
+
+use super::{Access, DType, Refusal, Tensor};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Device {
+    kind: i32,
+    id: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct DataType {
+    code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+/// `DLTensor`.
+#[repr(C)]
+struct RawTensor {
+    data: *mut c_void,
+    device: Device,
+    ndim: i32,
+    dtype: DataType,
+    shape: *const i64,
+    /// In elements; null means C-contiguous.
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+/// `DLManagedTensor`, in a capsule named "dltensor".
+#[repr(C)]
+struct Legacy {
+    tensor: RawTensor,
+    manager: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut Legacy)>,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Version {
+    major: u32,
+    minor: u32,
+}
+
+/// `DLManagedTensorVersioned`, in a capsule named "dltensor_versioned".
+#[repr(C)]
+struct Versioned {
+    version: Version,
+    manager: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut Versioned)>,
+    flags: u64,
+    tensor: RawTensor,
+}
+
+const READ_ONLY: u64 = 1;
+const IS_COPIED: u64 = 2;
+const MAJOR: u32 = 1;
+
+#[repr(C)]
+struct Header {
+    version: Version,
+    previous: *const Header,
+}
+
+/// `DLPackExchangeAPI`. Only the borrowed read is used here.
+#[repr(C)]
+struct ExchangeTable {
+    header: Header,
+    managed_allocator: *const c_void,
+    managed_from_object: *const c_void,
+    managed_to_object: *const c_void,
+    tensor_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut RawTensor) -> c_int>,
+    current_work_stream: *const c_void,
+}
+
+const _: () = if cfg!(target_pointer_width = "64") {
+    assert!(size_of::<RawTensor>() == 48 && size_of::<Legacy>() == 64);
+    assert!(size_of::<Versioned>() == 80 && size_of::<ExchangeTable>() == 56);
+};
+
+/// A type's DLPack C exchange API: reads a tensor of that very type without a capsule.
+#[derive(Clone, Copy)]
+pub(crate) struct Exchange(NonNull<ExchangeTable>);
+
+// SAFETY: the table is constant and lives as long as the process; its functions are called with the GIL held.
+unsafe impl Send for Exchange {}
+// SAFETY: as above.
+unsafe impl Sync for Exchange {}
+
+impl Exchange {
+    /// The table that the object's type offers, if it does and if it may be used on this object.
+    ///
+    /// Subclasses inherit the attribute without its meaning (a DTensor or a FakeTensor is not its own storage), so the class
+    /// that defines it must be the object's own; `torch.nn.Parameter` is the one subclass known to be a plain tensor.
+    pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
+        let py = object.py();
+        let class = object.get_type();
+        let name = intern!(py, "__dlpack_c_exchange_api__");
+        let Ok(capsule) = class.getattr(name) else {
+            return Ok(None);
+        };
+        let Ok(capsule) = capsule.cast_into::<PyCapsule>() else {
+            return Ok(None);
+        };
+        let owner = class.mro().iter().position(|base| {
+            base.getattr(intern!(py, "__dict__"))
+                .and_then(|dict| dict.contains(name))
+                .unwrap_or(false)
+        });
+        let is_torch_parameter = || {
+            class
+                .fully_qualified_name()
+                .is_ok_and(|name| name == "torch.nn.parameter.Parameter")
+        };
+        if owner != Some(0) && !(owner == Some(1) && is_torch_parameter()) {
+            return Ok(None);
+        }
+        let Ok(table) = capsule.pointer_checked(Some(c"dlpack_exchange_api")) else {
+            return Ok(None);
+        };
+        let mut header = table.cast::<Header>().as_ptr().cast_const();
+        // SAFETY: the specification makes the capsule's pointer a table that begins with this header, chained to older
+        // tables or null, all alive as long as the process.
+        unsafe {
+            while !header.is_null() && (*header).version.major != MAJOR {
+                header = (*header).previous;
+            }
+        }
+        let table = NonNull::new(header.cast_mut().cast::<ExchangeTable>());
+        // The borrowed read is optional in the specification.
+        // SAFETY: a table of our major version has this layout.
+        let can_read =
+            |table: &NonNull<ExchangeTable>| unsafe { table.as_ref().tensor_from_object.is_some() };
+        Ok(table.filter(can_read).map(Exchange))
+    }
+
+    /// Reads the tensor. The memory is the object's: whoever keeps the pointer keeps the object.
+    pub fn read(self, object: &Bound<'_, PyAny>) -> Result<Tensor, Refusal> {
+        let mut raw = std::mem::MaybeUninit::<RawTensor>::uninit();
+        // SAFETY: `of` found the table on this object's type (its callers compare types) and the function to be there; the
+        // GIL is held. On success the tensor is filled in; its shape and strides live as long as the object is untouched,
+        // and are copied before anything else runs.
+        unsafe {
+            let Some(function) = self.0.as_ref().tensor_from_object else {
+                return Err(Refusal::Value(
+                    "a tensor that can be read".into(),
+                    "one that cannot".into(),
+                ));
+            };
+            if function(object.as_ptr().cast(), raw.as_mut_ptr()) != 0 {
+                // torch appends where in its sources it was: the first line says it all.
+                let error = PyErr::fetch(object.py()).value(object.py()).to_string();
+                let found = error.lines().next().unwrap_or_default().to_owned();
+                return Err(Refusal::Type("a dense tensor in host memory".into(), found));
+            }
+            import(raw.assume_init_ref(), Access::Writable)
+        }
+    }
+}
+
+/// What a capsule managed; released when dropped.
+pub(crate) struct Managed(Handle);
+
+enum Handle {
+    Legacy(NonNull<Legacy>),
+    Versioned(NonNull<Versioned>),
+}
+
+// SAFETY: the tensor is a handle; the specification lets its deleter run on any thread.
+unsafe impl Send for Managed {}
+
+impl Drop for Managed {
+    fn drop(&mut self) {
+        // SAFETY: the handle was taken from its capsule, which was renamed, so nobody else deletes
+        // it; the deleter may be missing.
+        unsafe {
+            match self.0 {
+                Handle::Legacy(tensor) => {
+                    if let Some(deleter) = tensor.as_ref().deleter {
+                        deleter(tensor.as_ptr());
+                    }
+                }
+                Handle::Versioned(tensor) => {
+                    if let Some(deleter) = tensor.as_ref().deleter {
+                        deleter(tensor.as_ptr());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Imports an object through `__dlpack__`; `None` if it has no such method.
+pub(crate) fn import_object(object: &Bound<'_, PyAny>) -> Result<Option<Tensor>, Refusal> {
+    let py = object.py();
+    let Ok(method) = object.getattr(intern!(py, "__dlpack__")) else {
+        return Ok(None);
+    };
+    if let Ok(device) = object.call_method0(intern!(py, "__dlpack_device__")) {
+        let (kind, id) = device.extract::<(i32, i32)>()?;
+        check_device(Device { kind, id })?;
+    }
+    let keywords = PyDict::new(py);
+    keywords.set_item(intern!(py, "max_version"), (1, 3))?;
+    keywords.set_item(intern!(py, "copy"), false)?;
+    let capsule = match method.call(PyTuple::empty(py), Some(&keywords)) {
+        // A producer older than DLPack 1.0 knows no keyword.
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => method.call0(),
+        result => result,
+    };
+    let capsule = capsule.map_err(|error| match error.is_instance_of::<PyBufferError>(py) {
+        true => Refusal::Value(
+            "an array that can be exported".into(),
+            error.value(py).to_string(),
+        ),
+        false => Refusal::Python(error),
+    })?;
+    let capsule = capsule.cast_into::<PyCapsule>().map_err(|error| {
+        let object = error.into_inner();
+        Refusal::Type("a DLPack capsule".into(), super::class_name(&object))
+    })?;
+    take(&capsule).map(Some)
+}
+
+/// Takes the tensor out of a capsule, as the specification says: the capsule is renamed, so it is used only once.
+fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Tensor, Refusal> {
+    let pointer = |name: &CStr| capsule.pointer_checked(Some(name)).ok();
+    let rename = |name: &'static CStr| {
+        // SAFETY: the object is a capsule and the name is static.
+        unsafe { ffi::PyCapsule_SetName(capsule.as_ptr(), name.as_ptr()) };
+    };
+    if let Some(found) = pointer(c"dltensor_versioned") {
+        rename(c"used_dltensor_versioned");
+        let found = found.cast::<Versioned>();
+        let managed = Managed(Handle::Versioned(found));
+        // SAFETY: a capsule of that name holds this structure; its version is valid in all of them,
+        // the other fields in ours.
+        let tensor = unsafe {
+            let Versioned {
+                version,
+                flags,
+                tensor,
+                ..
+            } = found.as_ref();
+            if version.major != MAJOR {
+                let found = format!("version {}", version.major);
+                return Err(Refusal::Value("a DLPack 1.x capsule".into(), found));
+            }
+            import(
+                tensor,
+                match flags {
+                    flags if flags & IS_COPIED != 0 => Access::Copy,
+                    flags if flags & READ_ONLY != 0 => Access::ReadOnly,
+                    _ => Access::Writable,
+                },
+            )?
+        };
+        return Ok(Tensor {
+            managed: Some(managed),
+            ..tensor
+        });
+    }
+    let Some(found) = pointer(c"dltensor") else {
+        let found = "a capsule that is none, or was used".into();
+        return Err(Refusal::Value("a DLPack capsule".into(), found));
+    };
+    rename(c"used_dltensor");
+    let found = found.cast::<Legacy>();
+    let managed = Managed(Handle::Legacy(found));
+    // SAFETY: a capsule of that name holds this structure.
+    let tensor = unsafe { import(&found.as_ref().tensor, Access::Legacy)? };
+    Ok(Tensor {
+        managed: Some(managed),
+        ..tensor
+    })
+}
+
+/// # Safety
+/// `raw` is filled in as the specification says, and its shape and strides are valid.
+unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
+    check_device(raw.device)?;
+    let ndim = usize::try_from(raw.ndim).unwrap_or(0);
+    // SAFETY: by the contract above; a tensor without dimensions may have null for both.
+    let (shape, strides) = unsafe {
+        let slice =
+            |x: *const i64| (!x.is_null() && ndim > 0).then(|| std::slice::from_raw_parts(x, ndim));
+        (slice(raw.shape).unwrap_or_default(), slice(raw.strides))
+    };
+    let shape: Option<Vec<usize>> = shape.iter().map(|&len| usize::try_from(len).ok()).collect();
+    let bad = || {
+        Refusal::Value(
+            "a tensor that fits in memory".into(),
+            "a DLPack tensor with an impossible shape".into(),
+        )
+    };
+    let shape = shape.filter(|shape| shape.len() == ndim).ok_or_else(bad)?;
+    let dtype = match raw.dtype {
+        DataType {
+            code: 2,
+            bits: 32,
+            lanes: 1,
+        } => DType::F32,
+        DataType {
+            code: 2,
+            bits: 64,
+            lanes: 1,
+        } => DType::F64,
+        other => return Err(Refusal::dtype(&type_name(other), &shape)),
+    };
+    let numel = shape
+        .iter()
+        .try_fold(1usize, |numel, &len| numel.checked_mul(len))
+        .ok_or_else(bad)?;
+    numel
+        .checked_mul(dtype.size())
+        .filter(|&bytes| bytes <= isize::MAX as usize)
+        .ok_or_else(bad)?;
+    let strides = match strides {
+        Some(strides) => strides
+            .iter()
+            .map(|&stride| stride as isize * dtype.size() as isize)
+            .collect(),
+        None => super::c_strides(&shape, dtype),
+    };
+    if raw.data.is_null() && numel > 0 {
+        let found = super::describe(dtype, &shape);
+        return Err(Refusal::Value(
+            "a tensor with memory".into(),
+            format!("{found} without"),
+        ));
+    }
+    let data = (raw.data as usize).wrapping_add(raw.byte_offset as usize);
+    let is_aligned = data.is_multiple_of(dtype.size());
+    Ok(Tensor {
+        data,
+        dtype,
+        shape,
+        strides,
+        access,
+        is_aligned,
+        managed: None,
+    })
+}
+
+fn check_device(device: Device) -> Result<(), Refusal> {
+    // Host memory; the pinned kinds are ordinary memory to a CPU.
+    let name = match device.kind {
+        1 | 3 | 11 => return Ok(()),
+        2 => "cuda",
+        4 => "opencl",
+        7 => "vulkan",
+        8 => "metal",
+        10 => "rocm",
+        13 => "cuda_managed",
+        14 => "oneapi",
+        _ => "device",
+    };
+    let found = match name {
+        "device" => format!("DLPack device type {}, id {}", device.kind, device.id),
+        name => format!("{name}:{}", device.id),
+    };
+    Err(Refusal::Value("an array in host memory".into(), found))
+}
+
+fn type_name(dtype: DataType) -> String {
+    let DataType { code, bits, lanes } = dtype;
+    let base = match code {
+        0 => "int",
+        1 => "uint",
+        2 => "float",
+        4 => "bfloat",
+        5 => "complex",
+        6 => "bool",
+        _ => return format!("DLPack type code {code}, {bits} bits"),
+    };
+    let lanes = if lanes == 1 {
+        String::new()
+    } else {
+        format!("x{lanes}")
+    };
+    format!("{base}{bits}{lanes}")
+}
+
+/// Whether an object of this type could be a tensor at all; used to word a refusal.
+pub(crate) fn has_dlpack(class: &Bound<'_, PyType>) -> bool {
+    !class
+        .getattr(intern!(class.py(), "__dlpack__"))
+        .is_err_and(|error| error.is_instance_of::<PyAttributeError>(class.py()))
+}

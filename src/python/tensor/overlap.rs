@@ -1,0 +1,206 @@
+//! Whether arrays share elements: elements decide, not bounds, so `a[::2]` and `a[1::2]` are apart.
+
+/// Where the elements of an array are. Strides are in bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Extent<'a> {
+    pub data: usize,
+    pub shape: &'a [usize],
+    pub strides: &'a [isize],
+    pub size: usize,
+}
+
+/// A stretch of bytes: start, end.
+type Run = (usize, usize);
+
+/// Not enough memory to tell.
+#[derive(Debug)]
+pub(crate) struct OutOfMemory;
+
+impl Extent<'_> {
+    /// The bytes from the first to the last element; `None` if there is no element.
+    pub fn bounds(&self) -> Option<Run> {
+        if self.shape.contains(&0) {
+            return None;
+        }
+        let (mut low, mut high) = (self.data, self.data + self.size);
+        for (&len, &stride) in self.shape.iter().zip(self.strides) {
+            let reach = stride.wrapping_mul(len as isize - 1);
+            match reach < 0 {
+                true => low = low.wrapping_add_signed(reach),
+                false => high = high.wrapping_add_signed(reach),
+            }
+        }
+        Some((low, high))
+    }
+
+    /// The stretches that the elements fill, in no order. A dimension of stride 0 adds nothing.
+    fn runs(&self, runs: &mut Vec<Run>) -> Result<(), OutOfMemory> {
+        if self.shape.contains(&0) {
+            return Ok(());
+        }
+        let dims = self.shape.iter().copied().zip(self.strides.iter().copied());
+        let mut dims: Vec<(usize, isize)> = dims
+            .filter(|&(len, stride)| len > 1 && stride != 0)
+            .collect();
+        dims.sort_by_key(|&(_, stride)| stride.unsigned_abs());
+        // The fastest dimensions, as long as they leave no gap, are one stretch.
+        let mut length = self.size;
+        let gaps = dims
+            .iter()
+            .position(|&(len, stride)| {
+                let is_gap = stride != length as isize;
+                if !is_gap {
+                    length *= len;
+                }
+                is_gap
+            })
+            .unwrap_or(dims.len());
+        let rest = &dims[gaps..];
+        let count = rest.iter().map(|&(len, _)| len).product::<usize>();
+        runs.try_reserve(count).map_err(|_| OutOfMemory)?;
+        let mut index = vec![0usize; rest.len()];
+        for _ in 0..count {
+            let offset: isize = index
+                .iter()
+                .zip(rest)
+                .map(|(&i, &(_, stride))| stride * i as isize)
+                .sum();
+            let start = self.data.wrapping_add_signed(offset);
+            runs.push((start, start + length));
+            for (i, &(len, _)) in index.iter_mut().zip(rest) {
+                *i += 1;
+                if *i < len {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether two of its indices are the same element.
+    pub fn overlaps_itself(&self) -> Result<bool, OutOfMemory> {
+        let Some((low, high)) = self.bounds() else {
+            return Ok(false);
+        };
+        let numel = self.shape.iter().product::<usize>();
+        if self
+            .shape
+            .iter()
+            .zip(self.strides)
+            .any(|(&len, &stride)| len > 1 && stride == 0)
+        {
+            return Ok(true);
+        }
+        // More elements than room for them.
+        if numel
+            .checked_mul(self.size)
+            .is_none_or(|bytes| bytes > high - low)
+        {
+            return Ok(true);
+        }
+        let mut runs = Vec::new();
+        self.runs(&mut runs)?;
+        runs.sort_unstable();
+        Ok(runs.windows(2).any(|pair| pair[1].0 < pair[0].1))
+    }
+
+    /// Whether it shares an element with another.
+    pub fn overlaps(&self, other: &Extent<'_>) -> Result<bool, OutOfMemory> {
+        let (Some(mine), Some(its)) = (self.bounds(), other.bounds()) else {
+            return Ok(false);
+        };
+        if mine.1 <= its.0 || its.1 <= mine.0 {
+            return Ok(false);
+        }
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        self.runs(&mut a)?;
+        other.runs(&mut b)?;
+        a.sort_unstable();
+        b.sort_unstable();
+        let (mut i, mut j) = (0, 0);
+        while i < a.len() && j < b.len() {
+            if a[i].1 <= b[j].0 {
+                i += 1;
+            } else if b[j].1 <= a[i].0 {
+                j += 1;
+            } else {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Everything a step writes, sorted, to look up what a gradient lies on.
+#[derive(Default)]
+pub(crate) struct Written {
+    /// (start, end, highest end so far, whose), by start.
+    spans: Vec<(usize, usize, usize, usize)>,
+}
+
+impl Written {
+    /// Sorts the bounds of the arrays with these indices.
+    pub fn new<'a>(extents: impl Iterator<Item = (usize, Extent<'a>)>) -> Self {
+        let mut spans: Vec<_> = extents
+            .filter_map(|(owner, extent)| {
+                extent.bounds().map(|(start, end)| (start, end, 0, owner))
+            })
+            .collect();
+        spans.sort_unstable();
+        let mut highest = 0;
+        for span in &mut spans {
+            highest = highest.max(span.1);
+            span.2 = highest;
+        }
+        Written { spans }
+    }
+
+    /// Those whose bounds reach into `start..end`.
+    #[inline]
+    pub fn touching(&self, start: usize, end: usize) -> impl Iterator<Item = usize> {
+        let first_after = match self.spans.last() {
+            Some(last) if start >= last.2 || end <= self.spans[0].0 => 0,
+            _ => self.spans.partition_point(|span| span.0 < end),
+        };
+        self.spans[..first_after]
+            .iter()
+            .rev()
+            .take_while(move |span| span.2 > start)
+            .filter(move |span| span.1 > start)
+            .map(|span| span.3)
+    }
+
+    /// The first two that share an element.
+    pub fn find_overlap<'a>(
+        &self,
+        extent: impl Fn(usize) -> Extent<'a>,
+    ) -> Result<Option<(usize, usize)>, OutOfMemory> {
+        let mut rest = &self.spans[..];
+        while let Some(&(_, mut end, _, _)) = rest.first() {
+            // A cluster: arrays whose bounds reach into one another.
+            let size = rest.iter().take_while(|span| {
+                let inside = span.0 < end;
+                end = end.max(span.1);
+                inside
+            });
+            let (cluster, others) = rest.split_at(size.count().max(1));
+            rest = others;
+            if cluster.len() > 1 {
+                let mut runs: Vec<(usize, usize, usize)> = Vec::new();
+                let mut own = Vec::new();
+                for span in cluster {
+                    own.clear();
+                    extent(span.3).runs(&mut own)?;
+                    runs.try_reserve(own.len()).map_err(|_| OutOfMemory)?;
+                    runs.extend(own.iter().map(|run| (run.0, run.1, span.3)));
+                }
+                runs.sort_unstable();
+                if let Some(pair) = runs.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+                    return Ok(Some((pair[0].2.min(pair[1].2), pair[0].2.max(pair[1].2))));
+                }
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,658 @@
+//! From checked tensors to the work of a step.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
+
+use numpy::PyUntypedArray;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi};
+
+use super::dlpack::Managed;
+use super::overlap::{Extent, OutOfMemory, Written};
+use super::{
+    Buffer, DType, Destination, Gradient, Header, Refusal, Source, Tensor, describe, read_gradient,
+};
+use crate::config::Config;
+use crate::kernel::Real;
+use crate::kernel::batch::{Batch, Dim, Layout, Piece};
+use crate::optimizer::HyperCache;
+
+/// A parameter of an optimizer.
+pub(crate) struct Param {
+    pub object: Py<PyAny>,
+    pub name: Option<String>,
+    pub source: Source,
+    pub destination: Destination,
+    /// Its place in the state buffers of its group and type.
+    pub offset: usize,
+    /// The addresses of its v m b; 0 for those that are not there yet.
+    pub state: [usize; 3],
+    /// The address of the last gradient that was found to overlap nothing.
+    cleared: usize,
+}
+
+impl Param {
+    /// Reads a new parameter. `index` is for messages.
+    pub fn new(object: &Bound<'_, PyAny>, name: Option<String>, index: usize) -> PyResult<Self> {
+        let culprit = || culprit("parameter", index, name.as_deref());
+        let source = Source::of(object).map_err(|refusal| refusal.at(culprit()))?;
+        let (tensor, header) =
+            read(object.py(), &source).map_err(|refusal| refusal.at(culprit()))?;
+        let destination = Destination::new(&tensor, header);
+        if !tensor.is_dense()
+            && destination
+                .extent()
+                .overlaps_itself()
+                .map_err(out_of_memory)?
+        {
+            let found = format!("{} whose elements overlap", tensor.describe());
+            return Err(
+                Refusal::Value("an array whose elements do not overlap".into(), found)
+                    .at(culprit()),
+            );
+        }
+        Ok(Param {
+            object: object.clone().unbind(),
+            name,
+            source,
+            destination,
+            offset: 0,
+            state: [0; 3],
+            cleared: 0,
+        })
+    }
+
+    /// For the garbage collector.
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.object)?;
+        self.source.traverse(visit)
+    }
+
+    fn is_capsule(&self) -> bool {
+        matches!(self.source, Source::Capsule(_))
+    }
+
+    pub fn culprit(&self, what: &str, index: usize) -> String {
+        culprit(what, index, self.name.as_deref())
+    }
+
+    /// Reads the parameter again; true if it has moved.
+    #[inline]
+    pub fn refresh(
+        &mut self,
+        py: Python<'_>,
+        index: usize,
+        keep: &mut Vec<Managed>,
+    ) -> PyResult<bool> {
+        match self.source.is_current(py, &self.destination) {
+            true => Ok(false),
+            false => self.reread(py, index, keep),
+        }
+    }
+
+    /// Takes note of where the parameter is without minding what has become of it: it is not
+    /// written now. True if it has moved.
+    #[inline]
+    pub fn follow(&mut self, py: Python<'_>) -> bool {
+        !self.source.is_current(py, &self.destination) && self.reread_leniently(py)
+    }
+
+    #[cold]
+    fn reread_leniently(&mut self, py: Python<'_>) -> bool {
+        if self.is_capsule() {
+            return false;
+        }
+        let mine = &mut self.destination;
+        let before = (mine.data, mine.strides.clone());
+        match self.source.read(py) {
+            Ok(tensor) if tensor.dtype == mine.dtype && tensor.shape[..] == mine.shape[..] => {
+                mine.move_to(&tensor, None);
+            }
+            // Whatever it is now, it is nowhere that this step looks at.
+            _ => mine.forget(),
+        }
+        before != (mine.data, mine.strides.clone())
+    }
+
+    /// Takes the place of another parameter, whose type and shape it must have.
+    pub fn succeed(&mut self, other: &Param, index: usize) -> PyResult<()> {
+        let (mine, its) = (&self.destination, &other.destination);
+        if mine.dtype != its.dtype || mine.shape != its.shape {
+            let (wanted, found) = (
+                describe(its.dtype, &its.shape),
+                describe(mine.dtype, &mine.shape),
+            );
+            return Err(Refusal::Value(wanted, found).at(self.culprit("parameter", index)));
+        }
+        (self.offset, self.state) = (other.offset, other.state);
+        self.destination.inherit_state(&other.destination);
+        Ok(())
+    }
+
+    #[cold]
+    fn reread(&mut self, py: Python<'_>, index: usize, keep: &mut Vec<Managed>) -> PyResult<bool> {
+        let (mut tensor, header) = read(py, &self.source)
+            .map_err(|refusal| refusal.at(self.culprit("parameter", index)))?;
+        let mine = &mut self.destination;
+        if tensor.dtype != mine.dtype || tensor.shape[..] != mine.shape[..] {
+            let wanted = describe(mine.dtype, &mine.shape);
+            let refusal = match tensor.dtype == mine.dtype {
+                true => Refusal::Value(wanted, tensor.describe()),
+                false => Refusal::Type(wanted, tensor.describe()),
+            };
+            return Err(refusal.at(self.culprit("parameter", index)));
+        }
+        keep.extend(tensor.managed.take());
+        let has_moved = tensor.data != mine.data || tensor.strides != mine.strides;
+        mine.move_to(&tensor, header);
+        if has_moved && !mine.is_dense && mine.extent().overlaps_itself().map_err(out_of_memory)? {
+            let found = format!("{} whose elements overlap", tensor.describe());
+            let refusal = Refusal::Value("an array whose elements do not overlap".into(), found);
+            return Err(refusal.at(self.culprit("parameter", index)));
+        }
+        Ok(has_moved)
+    }
+}
+
+/// Reads a destination and checks that it can be one.
+fn read(py: Python<'_>, source: &Source) -> Result<(Tensor, Option<Header>), Refusal> {
+    let tensor = source.read(py)?;
+    tensor.check_destination()?;
+    Ok((tensor, source.array(py).map(|array| Header::of(&array))))
+}
+
+/// "parameter 3 ('fc.weight')".
+fn culprit(what: &str, index: usize, name: Option<&str>) -> String {
+    match name {
+        Some(name) => format!("{what} {index} ('{name}')"),
+        None => format!("{what} {index}"),
+    }
+}
+
+pub(crate) fn out_of_memory(_: OutOfMemory) -> PyErr {
+    PyMemoryError::new_err("not enough memory to check whether arrays overlap")
+}
+
+/// Whether an object is a NumPy array and no subclass: a comparison instead of a call.
+#[inline]
+fn is_exact_array(object: &Bound<'_, PyAny>) -> bool {
+    static TYPE: AtomicPtr<ffi::PyTypeObject> = AtomicPtr::new(std::ptr::null_mut());
+    let found = object.get_type_ptr();
+    found == TYPE.load(Relaxed) || {
+        TYPE.store(PyUntypedArray::type_object_raw(object.py()), Relaxed);
+        found == TYPE.load(Relaxed)
+    }
+}
+
+/// A gradient on its way into a step.
+#[derive(Default)]
+pub(crate) enum Incoming {
+    #[default]
+    None,
+    /// A NumPy array, to be read when no Python code runs any more.
+    Array(Py<PyUntypedArray>),
+    /// Anything else, read already; what keeps its memory is in the list that [`Incoming::new`] was given.
+    Read(Box<Tensor>),
+}
+
+impl Incoming {
+    /// Takes a gradient. May run Python code.
+    #[inline]
+    pub fn new(
+        object: Bound<'_, PyAny>,
+        keep: &mut Vec<Py<PyAny>>,
+        param: &Param,
+        index: usize,
+    ) -> PyResult<Self> {
+        if is_exact_array(&object) {
+            // SAFETY: it is a NumPy array.
+            return Ok(Incoming::Array(
+                unsafe { object.cast_into_unchecked() }.unbind(),
+            ));
+        }
+        Self::other(object, keep, param, index)
+    }
+
+    #[cold]
+    fn other(
+        object: Bound<'_, PyAny>,
+        keep: &mut Vec<Py<PyAny>>,
+        param: &Param,
+        index: usize,
+    ) -> PyResult<Self> {
+        if object.is_none() {
+            return Ok(Incoming::None);
+        }
+        match object.cast_into::<PyUntypedArray>() {
+            Ok(array) => Ok(Incoming::Array(array.unbind())),
+            Err(error) => match read_gradient(&error.into_inner(), keep) {
+                Ok(tensor) => Ok(Incoming::Read(Box::new(tensor))),
+                Err(refusal) => {
+                    let refusal = refusal.wanting(&param.destination);
+                    Err(refusal.at(param.culprit("gradient", index)))
+                }
+            },
+        }
+    }
+
+    /// Lets go of it.
+    #[inline]
+    pub fn release(&mut self, py: Python<'_>) {
+        match std::mem::take(self) {
+            // Bound, so that dropping the reference need not find out whether the GIL is held.
+            Incoming::Array(array) => drop(array.into_bound(py)),
+            Incoming::Read(tensor) => drop(tensor),
+            Incoming::None => {}
+        }
+    }
+
+    #[inline]
+    pub fn is_some(&self) -> bool {
+        !matches!(self, Incoming::None)
+    }
+
+    /// The address of a gradient that is a NumPy array and is walked like its parameter; None if it must be looked
+    /// at more closely.
+    #[inline]
+    fn at_a_glance(&self, py: Python<'_>, destination: &Destination) -> Option<usize> {
+        match self {
+            Incoming::Array(array) => destination.simple_gradient(array.bind(py)),
+            _ => None,
+        }
+    }
+
+    /// Where the gradient is, if there is one.
+    #[cold]
+    fn closer(&self, py: Python<'_>, param: &Param, index: usize) -> PyResult<Option<Gradient>> {
+        let destination = &param.destination;
+        let gradient = match self {
+            Incoming::None => return Ok(None),
+            Incoming::Read(tensor) => Gradient::new(tensor, destination),
+            Incoming::Array(array) => Tensor::of_array(array.bind(py))
+                .map_err(|refusal| refusal.wanting(destination))
+                .and_then(|tensor| Gradient::new(&tensor, destination)),
+        };
+        gradient
+            .map(Some)
+            .map_err(|refusal| refusal.at(param.culprit("gradient", index)))
+    }
+}
+
+/// A state buffer, as far as overlaps are concerned.
+pub(crate) struct StateSpan {
+    /// "square_avg of group 0".
+    pub name: String,
+    pub data: usize,
+    pub shape: [usize; 1],
+    pub strides: [isize; 1],
+}
+
+impl StateSpan {
+    pub fn new(name: String, buffer: &Buffer, dtype: DType) -> Self {
+        StateSpan {
+            name,
+            data: buffer.data,
+            shape: [buffer.numel],
+            strides: [dtype.size() as isize],
+        }
+    }
+
+    fn extent(&self) -> Extent<'_> {
+        let size = self.strides[0] as usize;
+        Extent {
+            data: self.data,
+            shape: &self.shape,
+            strides: &self.strides,
+            size,
+        }
+    }
+}
+
+/// What a step writes: the parameters and their state, none of which may share an element.
+#[derive(Default)]
+pub(crate) struct Guard {
+    written: Written,
+    state: Vec<StateSpan>,
+    is_checked: bool,
+}
+
+impl Guard {
+    /// Forgets what was found out: something has moved, or is new.
+    pub fn forget(&mut self) {
+        self.is_checked = false;
+    }
+
+    /// Checks that no two parameters or state buffers share an element, unless that was found already.
+    pub fn check(
+        &mut self,
+        params: &mut [Param],
+        state: impl FnOnce() -> Vec<StateSpan>,
+    ) -> PyResult<()> {
+        if self.is_checked {
+            return Ok(());
+        }
+        self.state = state();
+        let extent = |owner: usize| extent_of(params, &self.state, owner);
+        let written =
+            Written::new((0..params.len() + self.state.len()).map(|owner| (owner, extent(owner))));
+        if let Some((first, second)) = written.find_overlap(extent).map_err(out_of_memory)? {
+            let (first, second) = (self.name_of(params, first), self.name_of(params, second));
+            return Err(PyValueError::new_err(format!(
+                "{second} overlaps {first}: expected arrays that share no element"
+            )));
+        }
+        params.iter_mut().for_each(|param| param.cleared = 0);
+        self.written = written;
+        self.is_checked = true;
+        Ok(())
+    }
+
+    /// Checks that a gradient lies on nothing that is written.
+    fn check_gradient(&self, params: &[Param], index: usize, gradient: &Gradient) -> PyResult<()> {
+        let own = params[index].destination.extent();
+        let strides = gradient.strides.as_deref().unwrap_or(own.strides);
+        let extent = Extent {
+            data: gradient.data,
+            strides,
+            ..own
+        };
+        let Some((start, end)) = extent.bounds() else {
+            return Ok(());
+        };
+        for owner in self.written.touching(start, end) {
+            if extent
+                .overlaps(&extent_of(params, &self.state, owner))
+                .map_err(out_of_memory)?
+            {
+                return Err(PyValueError::new_err(format!(
+                    "{} overlaps {}: expected a gradient in memory of its own",
+                    params[index].culprit("gradient", index),
+                    self.name_of(params, owner)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn name_of(&self, params: &[Param], owner: usize) -> String {
+        match owner.checked_sub(params.len()) {
+            None => params[owner].culprit("parameter", owner),
+            Some(k) => self.state[k].name.clone(),
+        }
+    }
+}
+
+/// The parameters come first, then the state buffers.
+fn extent_of<'a>(params: &'a [Param], state: &'a [StateSpan], owner: usize) -> Extent<'a> {
+    match owner.checked_sub(params.len()) {
+        None => params[owner].destination.extent(),
+        Some(k) => state[k].extent(),
+    }
+}
+
+/// One parameter group in a step.
+pub(crate) struct GroupWork<'g> {
+    pub config: &'g Config,
+    /// Its parameters.
+    pub range: Range<usize>,
+    /// By type, if the group is taken as flat buffers.
+    pub flat: Option<[FlatWork; 2]>,
+}
+
+/// The parameters of one type in a group, and their gradients, as flat buffers: addresses.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct FlatWork {
+    pub p: usize,
+    pub g: usize,
+    pub state: [usize; 3],
+    pub numel: usize,
+}
+
+/// The work of a step, by type. What is pushed lives for `'a`.
+pub(crate) struct Work<'s, 'a> {
+    pub f32: Batch<'s, 'a, f32>,
+    pub f64: Batch<'s, 'a, f64>,
+}
+
+/// Puts a step together: reads all memory as it is now, checks it, and makes it the kernel's work. Nothing is written.
+///
+/// Parameters and gradients are held by `params`, `incoming` and `keep` while the work lasts. Another thread that moves
+/// their memory meanwhile (`p.data = …` on a torch tensor) races with the step, as with torch's own kernels.
+#[allow(clippy::too_many_arguments)] // The parts of an optimizer, borrowed one by one.
+pub(crate) fn assemble<'g>(
+    py: Python<'_>,
+    params: &mut [Param],
+    incoming: &[Incoming],
+    steps: &[u64],
+    groups: impl Iterator<Item = GroupWork<'g>> + Clone,
+    guard: &mut Guard,
+    state: impl FnOnce() -> Vec<StateSpan>,
+    keep: &mut Vec<Managed>,
+    work: &mut Work<'_, '_>,
+) -> PyResult<()> {
+    // As a rule nothing has moved since the last step: look while pushing, and start over if it has.
+    if guard.is_checked {
+        let mut is_settled = true;
+        for group in groups.clone() {
+            is_settled &= push_group(py, params, incoming, steps, &group, guard, work, true)?;
+            if !is_settled {
+                break;
+            }
+        }
+        if is_settled {
+            return Ok(());
+        }
+        work.f32.clear();
+        work.f64.clear();
+    }
+    // Capsules first: making one runs Python code, which might move anything. After that nothing
+    // runs Python code.
+    for is_capsule in [true, false] {
+        for group in groups.clone().filter(|group| group.flat.is_none()) {
+            for index in group.range.clone() {
+                if params[index].is_capsule() != is_capsule {
+                    continue;
+                }
+                let has_moved = match incoming[index].is_some() {
+                    true => params[index].refresh(py, index, keep)?,
+                    false => params[index].follow(py),
+                };
+                if has_moved {
+                    guard.forget();
+                }
+            }
+        }
+    }
+    guard.check(params, state)?;
+    for group in groups {
+        push_group(py, params, incoming, steps, &group, guard, work, false)?;
+    }
+    Ok(())
+}
+
+/// Makes a group the kernel's work. With `is_first_look` the parameters may have moved: false if one has, or if that
+/// cannot be told at a glance.
+#[allow(clippy::too_many_arguments)] // As `assemble`.
+fn push_group(
+    py: Python<'_>,
+    params: &mut [Param],
+    incoming: &[Incoming],
+    steps: &[u64],
+    group: &GroupWork<'_>,
+    guard: &Guard,
+    work: &mut Work<'_, '_>,
+    is_first_look: bool,
+) -> PyResult<bool> {
+    let mut hypers = [HyperCache::default(), HyperCache::default()];
+    if let Some(flat) = group.flat {
+        for (dtype, flat) in [DType::F32, DType::F64].into_iter().zip(flat) {
+            let is_member = |&index: &usize| params[index].destination.dtype == dtype;
+            if let Some(index) = group.range.clone().find(is_member) {
+                let FlatWork { p, g, state, numel } = flat;
+                let piece = RawPiece {
+                    p,
+                    g,
+                    numel,
+                    state,
+                    index,
+                };
+                // SAFETY: p, g and the state are flat buffers of the optimizer's own, alive with it,
+                // that have `numel` elements of this type, and no two of them are the same.
+                unsafe { work.push(dtype, group.config, steps[index], &mut hypers, piece, None) };
+            }
+        }
+        return Ok(true);
+    }
+    for index in group.range.clone() {
+        let param = &mut params[index];
+        if is_first_look && !param.source.is_current(py, &param.destination) {
+            return Ok(false);
+        }
+        let gradient = match incoming[index].at_a_glance(py, &param.destination) {
+            Some(data) => Gradient {
+                data,
+                strides: None,
+            },
+            None => match incoming[index].closer(py, param, index)? {
+                Some(gradient) => gradient,
+                None => continue,
+            },
+        };
+        if gradient.data != param.cleared || gradient.strides.is_some() {
+            guard.check_gradient(params, index, &gradient)?;
+        }
+        let param = &mut params[index];
+        param.cleared = if gradient.strides.is_none() {
+            gradient.data
+        } else {
+            0
+        };
+        let Param {
+            destination, state, ..
+        } = param;
+        let is_flat = gradient.strides.is_none() && destination.is_like_state;
+        let layout = (!is_flat).then(|| layout(destination, &gradient));
+        let (p, g, numel) = (destination.data, gradient.data, destination.numel);
+        let piece = RawPiece {
+            p,
+            g,
+            numel,
+            state: *state,
+            index,
+        };
+        // SAFETY: the parameter and its gradient were read just now, with the GIL held and no Python
+        // code in between: writable, aligned (the gradient at least where it is walked densely), of
+        // this type and of one shape; what keeps their memory outlives the work. The state buffers
+        // were made for these parameters and options. `guard` found that no two written arrays share
+        // an element, and that the gradient shares none with them.
+        unsafe {
+            work.push(
+                destination.dtype,
+                group.config,
+                steps[index],
+                &mut hypers,
+                piece,
+                layout,
+            );
+        }
+    }
+    Ok(true)
+}
+
+/// A dense piece before its type is known.
+struct RawPiece {
+    p: usize,
+    g: usize,
+    numel: usize,
+    state: [usize; 3],
+    index: usize,
+}
+
+impl Work<'_, '_> {
+    /// # Safety
+    /// As [`Batch::push_piece`], for the batch of this type.
+    #[inline(always)]
+    unsafe fn push(
+        &mut self,
+        dtype: DType,
+        config: &Config,
+        step: u64,
+        hypers: &mut [HyperCache; 2],
+        piece: RawPiece,
+        layout: Option<Layout>,
+    ) {
+        let hypers = &mut hypers[dtype as usize];
+        match dtype {
+            DType::F32 => {
+                let hyper = hypers.get(&mut self.f32, config, step);
+                // SAFETY: passed on to the caller.
+                unsafe { push(&mut self.f32, hyper, piece, layout) };
+            }
+            DType::F64 => {
+                let hyper = hypers.get(&mut self.f64, config, step);
+                // SAFETY: passed on to the caller.
+                unsafe { push(&mut self.f64, hyper, piece, layout) };
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`Batch::push_piece`].
+#[inline(always)]
+unsafe fn push<T: Real>(
+    batch: &mut Batch<'_, '_, T>,
+    hyper: u32,
+    piece: RawPiece,
+    layout: Option<Layout>,
+) {
+    let layout = layout.map_or(Piece::<T>::DENSE, |layout| batch.push_layout(layout));
+    let [v, m, b] = piece.state.map(|address| address as *mut T);
+    let RawPiece {
+        p, g, numel, index, ..
+    } = piece;
+    let (p, g, index) = (p as *mut T, g as *const T, index as u32);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        batch.push_piece(Piece {
+            p,
+            g,
+            v,
+            m,
+            b,
+            numel,
+            index,
+            hyper,
+            layout,
+        })
+    };
+}
+
+/// The walk over a parameter whose arrays do not all lie alike: in the order of the parameter's memory where it is dense,
+/// so that the norm of the gradients adds up in the same order as on the flat path.
+#[cold]
+fn layout(destination: &Destination, gradient: &Gradient) -> Layout {
+    let gradient_strides = gradient.strides.as_deref().unwrap_or(&destination.strides);
+    let mut dims: Vec<Dim> = (0..destination.shape.len())
+        .map(|k| {
+            let state = destination.state_strides[k];
+            let strides = [
+                destination.strides[k],
+                gradient_strides[k],
+                state,
+                state,
+                state,
+            ];
+            Dim {
+                len: destination.shape[k],
+                strides,
+            }
+        })
+        .filter(|dim| dim.len != 1)
+        .collect();
+    if destination.is_dense {
+        dims.sort_by_key(|dim| std::cmp::Reverse(dim.strides[0]));
+    }
+    Layout::new(dims)
+}

@@ -1,0 +1,172 @@
+//! All inputs are checked before the first write: an error leaves everything as it was.
+
+use rmsprop::{Config, Error, Isa, Nonfinite, RmsProp, StateKey};
+
+fn optimizer() -> RmsProp<f32> {
+    RmsProp::new(Config::default(), &[2, 3]).unwrap()
+}
+
+#[test]
+fn options_out_of_range_are_refused_by_name() {
+    let good = Config::default();
+    let bad = [
+        (
+            "lr",
+            Config {
+                lr: -1.0,
+                ..good.clone()
+            },
+        ),
+        (
+            "lr",
+            Config {
+                lr: f64::NAN,
+                ..good.clone()
+            },
+        ),
+        (
+            "alpha",
+            Config {
+                alpha: 1.5,
+                ..good.clone()
+            },
+        ),
+        (
+            "alpha",
+            Config {
+                alpha: 1.0,
+                bias_correction: true,
+                ..good.clone()
+            },
+        ),
+        (
+            "eps",
+            Config {
+                eps: f64::INFINITY,
+                ..good.clone()
+            },
+        ),
+        (
+            "weight_decay",
+            Config {
+                weight_decay: -0.1,
+                ..good.clone()
+            },
+        ),
+        (
+            "momentum",
+            Config {
+                momentum: -0.1,
+                ..good.clone()
+            },
+        ),
+        (
+            "initial_square_avg",
+            Config {
+                initial_square_avg: -1.0,
+                ..good
+            },
+        ),
+    ];
+    for (wanted, config) in bad {
+        let mut opt = optimizer();
+        let before = opt.config(0).unwrap().clone();
+        for error in [
+            RmsProp::<f64>::new(config.clone(), &[1]).unwrap_err(),
+            opt.set_config(0, config).unwrap_err(),
+        ] {
+            assert!(
+                matches!(error, Error::Hyperparameter { key, .. } if key == wanted),
+                "{error}"
+            );
+            assert!(error.to_string().starts_with(wanted), "{error}");
+        }
+        assert_eq!(opt.config(0).unwrap(), &before);
+    }
+    assert!(optimizer().with_max_grad_norm(0.0).is_err());
+    assert!(optimizer().with_max_grad_norm(f64::NAN).is_err());
+    assert_eq!(optimizer().with_threads(0).unwrap_err(), Error::Threads);
+    assert_eq!(
+        RmsProp::<f32>::new(Config::default(), &[]).unwrap_err(),
+        Error::NoParameters
+    );
+    assert_eq!(
+        RmsProp::<f32>::new(Config::default(), &[usize::MAX, 2]).unwrap_err(),
+        Error::TooLarge
+    );
+    assert!(matches!(Isa::named("mmx"), Err(Error::Isa { .. })));
+}
+
+#[test]
+fn shapes_that_do_not_match_change_nothing() {
+    let (mut a, mut b) = ([1.0f32; 2], [1.0f32; 3]);
+    let mut opt = optimizer();
+    opt.step(
+        &mut [&mut a[..], &mut b[..]],
+        &[&[1.0; 2][..], &[1.0; 3][..]],
+    )
+    .unwrap();
+    let (before, state) = ((a, b), opt.state(1, StateKey::SquareAvg).unwrap().to_vec());
+    let count = opt.step(&mut [&mut a[..]], &[&[1.0; 2][..]]).unwrap_err();
+    assert_eq!(count.to_string(), "expected 2 parameters, got 1");
+    let length = opt
+        .step(
+            &mut [&mut a[..], &mut b[..]],
+            &[&[1.0; 2][..], &[1.0; 2][..]],
+        )
+        .unwrap_err();
+    assert_eq!(length.to_string(), "gradient 1: expected 3 elements, got 2");
+    assert_eq!((a, b), before);
+    assert_eq!(opt.state(1, StateKey::SquareAvg).unwrap(), state);
+    assert_eq!(opt.steps(1), Some(1));
+    assert_eq!(
+        (opt.steps(2), opt.state(2, StateKey::SquareAvg)),
+        (None, None)
+    );
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_is_computed_with_skipped_or_refused() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let grads = [&[0.5, 0.5][..], &[0.5, 0.5, bad][..]];
+        let run = |nonfinite| {
+            let (mut a, mut b) = ([1.0f32; 2], [1.0f32; 3]);
+            let mut opt = optimizer().with_nonfinite(nonfinite);
+            let result = opt.step(&mut [&mut a[..], &mut b[..]], &grads);
+            (
+                result,
+                a,
+                opt.state(0, StateKey::SquareAvg).unwrap()[0],
+                opt.steps(0).unwrap(),
+                opt.skipped_steps(),
+            )
+        };
+        let (result, a, v, steps, skipped) = run(Nonfinite::Propagate);
+        assert!(result.is_ok() && a[0] < 1.0 && v > 0.0 && (steps, skipped) == (1, 0));
+        let (result, a, v, steps, skipped) = run(Nonfinite::Skip);
+        assert!(result.is_ok() && a == [1.0; 2] && v == 0.0 && (steps, skipped) == (0, 1));
+        let (result, a, v, steps, skipped) = run(Nonfinite::Raise);
+        let error = result.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::Nonfinite {
+                    index: 1,
+                    element: 2,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert!(a == [1.0; 2] && v == 0.0 && (steps, skipped) == (0, 0));
+    }
+}
+
+#[test]
+fn a_norm_that_overflows_is_not_a_gradient_that_does() {
+    let mut opt = RmsProp::<f64>::new(Config::default(), &[1])
+        .unwrap()
+        .with_nonfinite(Nonfinite::Raise);
+    opt.step(&mut [&mut [1.0][..]], &[&[1e300][..]]).unwrap();
+    assert_eq!(opt.steps(0), Some(1));
+}
