@@ -1,8 +1,9 @@
 //! The step against its limit: `cargo bench`, or `cargo bench -- 10000000` for one size.
 //!
-//! The limit is the same five streams (read p, g, v; write p, v) with one multiply-add and nothing else, on the same
-//! threads. The two take turns, so that what else the machine does hits both alike; the ratio is between medians.
-//! (criterion runs one benchmark after the other, which on a shared machine measures the neighbours.)
+//! The limit is the same five streams (read p, g, v; write p, v) with one multiply-add and nothing
+//! else, on the same threads. The two take turns, so that what else the machine does hits both
+//! alike; the ratio is between medians. (criterion runs one benchmark after the other, which on a
+//! shared machine measures the neighbours.)
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -118,7 +118,9 @@ def train(
         run.loss.append(sum(losses) / len(losses))
         hits = net.forward(x_test).argmax(axis=1) == y_test
         run.accuracy.append(float(hits.mean()))
-        progress.set_postfix_str(f"loss {run.loss[-1]:.4f}, accuracy {hits.mean():.4f}")
+        progress.set_postfix_str(
+            f"loss {run.loss[-1]:.4f}, accuracy {hits.mean():.4f}", refresh=False
+        )
     return run
 
 

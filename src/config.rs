@@ -16,9 +16,9 @@ pub enum Nonfinite {
 
 /// The options of a parameter group: data for the one update rule ([crate docs](crate)).
 ///
-/// [`Config::default`] is OneFlow's RMSprop; the other constructors are the variants of other frameworks
-/// ([`Config::dialect`]). All hyperparameters are `f64`; they are combined in `f64` and rounded once to the type of the
-/// parameters.
+/// [`Config::default`] is OneFlow's RMSprop; the other constructors are the variants of other
+/// frameworks ([`Config::dialect`]). All hyperparameters are `f64`; they are combined in `f64` and
+/// rounded once to the type of the parameters.
 ///
 /// ```
 /// use rmsprop::Config;
@@ -31,7 +31,8 @@ pub struct Config {
     pub lr: f64,
     /// Decay of the averages. 0 <= alpha <= 1, and < 1 with `bias_correction`.
     pub alpha: f64,
-    /// Keeps the divisor away from zero: in units of the gradient, or of its square with `eps_in_sqrt`. Finite and >= 0.
+    /// Keeps the divisor away from zero: in units of the gradient, or of its square with
+    /// `eps_in_sqrt`. Finite and >= 0.
     pub eps: f64,
     /// Pull towards zero; off at 0. Finite and >= 0.
     pub weight_decay: f64,
@@ -43,13 +44,15 @@ pub struct Config {
     pub eps_in_sqrt: bool,
     /// The value every element of `square_avg` starts at. Finite and >= 0.
     pub initial_square_avg: f64,
-    /// The momentum buffer holds steps (already times lr) instead of scaled gradients: they differ once lr changes.
+    /// The momentum buffer holds steps (already times lr) instead of scaled gradients: they differ
+    /// once lr changes.
     pub lr_in_momentum: bool,
     /// Nesterov's momentum. No effect without momentum.
     pub nesterov: bool,
     /// Divides both averages by `1 - alpha^t`.
     pub bias_correction: bool,
-    /// `weight_decay` shrinks the parameter by `lr * weight_decay` instead of adding to the gradient.
+    /// `weight_decay` shrinks the parameter by `lr * weight_decay` instead of adding to the
+    /// gradient.
     pub decoupled_weight_decay: bool,
     /// Climbs instead of descending.
     pub maximize: bool,
@@ -65,7 +68,8 @@ impl Config {
     /// Checks every range.
     ///
     /// # Errors
-    /// [`Error::Hyperparameter`] names the first key that is out of range, the value and what was wanted.
+    /// [`Error::Hyperparameter`] names the first key that is out of range, the value and what was
+    /// wanted.
     pub fn validate(&self) -> Result<(), Error> {
         let finite = [
             ("lr", self.lr),

@@ -2,7 +2,8 @@
 
 use crate::config::Config;
 
-/// Builds a constructor of [`Config`] per row, and [`Config::dialect`] and [`DIALECTS`] over all of them.
+/// Builds a constructor of [`Config`] per row, and [`Config::dialect`] and [`DIALECTS`] over all of
+/// them.
 macro_rules! dialects {
     ($($(#[$doc:meta])* $name:ident: $alpha:literal, $eps:literal, $eps_in_sqrt:literal, $initial:literal,
         $momentum:literal, $centered:literal, $lr_in_momentum:literal, $decoupled:literal;)*) => {

@@ -1,9 +1,11 @@
-//! RMSprop for the CPU: the update as one fused pass, every framework's variant by name, the same bits everywhere.
+//! RMSprop for the CPU: the update as one fused pass, every framework's variant by name, the same
+//! bits everywhere.
 //!
 //! # The rule
 //!
-//! For each element of a parameter `p` with gradient `grad`, where `v` is the state `square_avg`, `m` `grad_avg` and `b`
-//! `momentum_buffer`, in this order, each operation rounded once in the type of the parameter (no fused multiply-add):
+//! For each element of a parameter `p` with gradient `grad`, where `v` is the state `square_avg`,
+//! `m` `grad_avg` and `b` `momentum_buffer`, in this order, each operation rounded once in the type
+//! of the parameter (no fused multiply-add):
 //!
 //! ```text
 //! g = grad_scale * grad                  -1 to maximize, times the clipping factor; else 1
@@ -17,20 +19,24 @@
 //! p = p - lr_out * b                     nesterov: p = p - lr_out * ((lr_in * g) / s + momentum * b)
 //! ```
 //!
-//! Lines of options that are off are not computed. Hyperparameters are `f64`, combined in `f64`, rounded once. Every
-//! framework's RMSprop is a choice of these options ([`Config::dialect`]); the kernel knows no framework.
+//! Lines of options that are off are not computed. Hyperparameters are `f64`, combined in `f64`,
+//! rounded once. Every framework's RMSprop is a choice of these options ([`Config::dialect`]); the
+//! kernel knows no framework.
 //!
 //! # Guarantees
 //!
-//! - The same bits for every instruction set, number of threads, alignment and cut of the work (`tests/bits.rs`).
-//! - All inputs are checked before the first write: an error leaves everything as it was (`tests/errors.rs`).
+//! - The same bits for every instruction set, number of threads, alignment and cut of the work
+//!   (`tests/bits.rs`).
+//! - All inputs are checked before the first write: an error leaves everything as it was
+//!   (`tests/errors.rs`).
 //! - No allocation that grows with the parameters after construction (`tests/allocation.rs`).
 //! - The caller's floating-point mode holds on every thread of a step, and stays the caller's.
 //! - After `fork` a child steps on threads of its own.
 //!
 //! # Features
 //!
-//! `rayon` (default): steps on several threads. `python`: the extension module of the Python package.
+//! `rayon` (default): steps on several threads. `python`: the extension module of the Python
+//! package.
 
 #![deny(missing_docs, unsafe_code)]
 

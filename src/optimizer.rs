@@ -10,9 +10,10 @@ use crate::state::{State, StateKey};
 
 /// RMSprop over slices of `T`, `f32` or `f64`.
 ///
-/// The rule is in the [crate docs](crate); its options are a [`Config`] for each parameter group. The optimizer holds its
-/// state (4 bytes an element for plain `f32`) and nothing else that grows with the elements. A step writes the parameters
-/// and the state; it allocates nothing, except for a few hundred bytes when it runs on several threads.
+/// The rule is in the [crate docs](crate); its options are a [`Config`] for each parameter group.
+/// The optimizer holds its state (4 bytes an element for plain `f32`) and nothing else that grows
+/// with the elements. A step writes the parameters and the state; it allocates nothing, except for
+/// a few hundred bytes when it runs on several threads.
 ///
 /// ```
 /// use rmsprop::{Config, RmsProp};
@@ -44,8 +45,9 @@ impl<T: Real> RmsProp<T> {
     /// An optimizer for one group of parameters of these lengths.
     ///
     /// # Errors
-    /// [`Error::Hyperparameter`] for an option out of range, [`Error::NoParameters`] for no lengths,
-    /// [`Error::TooLarge`], [`Error::Isa`] if `RMSPROP_ISA` names an instruction set this processor does not have.
+    /// [`Error::Hyperparameter`] for an option out of range, [`Error::NoParameters`] for no
+    /// lengths, [`Error::TooLarge`], [`Error::Isa`] if `RMSPROP_ISA` names an instruction set this
+    /// processor does not have.
     pub fn new(config: Config, lens: &[usize]) -> Result<Self, Error> {
         let isa = isa()?;
         let mut optimizer = RmsProp {
@@ -61,7 +63,8 @@ impl<T: Real> RmsProp<T> {
         Ok(optimizer)
     }
 
-    /// Adds a group of parameters with options of its own. Its parameters come after all others in [`RmsProp::step`].
+    /// Adds a group of parameters with options of its own. Its parameters come after all others in
+    /// [`RmsProp::step`].
     ///
     /// # Errors
     /// As [`RmsProp::new`]; the optimizer is unchanged.
@@ -77,7 +80,8 @@ impl<T: Real> RmsProp<T> {
         Ok(())
     }
 
-    /// Steps on at most this many threads. [`available_threads`] unless set; small steps stay on the caller anyway.
+    /// Steps on at most this many threads. [`available_threads`] unless set; small steps stay on
+    /// the caller anyway.
     ///
     /// # Errors
     /// [`Error::Threads`] for 0.
@@ -99,8 +103,8 @@ impl<T: Real> RmsProp<T> {
         Ok(self)
     }
 
-    /// Scales all gradients by `min(1, max_grad_norm / (norm + 1e-6))`, where norm is the L2 norm over every gradient of
-    /// every group. The gradients themselves are not written.
+    /// Scales all gradients by `min(1, max_grad_norm / (norm + 1e-6))`, where norm is the L2 norm
+    /// over every gradient of every group. The gradients themselves are not written.
     ///
     /// # Errors
     /// [`Error::Hyperparameter`] unless it is > 0.
@@ -116,11 +120,12 @@ impl<T: Real> RmsProp<T> {
         self
     }
 
-    /// Updates the parameters in place. Parameters and gradients come in the order of the lengths, over all groups.
+    /// Updates the parameters in place. Parameters and gradients come in the order of the lengths,
+    /// over all groups.
     ///
     /// # Errors
-    /// [`Error::Count`] or [`Error::Length`] if they do not match, [`Error::Nonfinite`] if asked for. Nothing is changed
-    /// then.
+    /// [`Error::Count`] or [`Error::Length`] if they do not match, [`Error::Nonfinite`] if asked
+    /// for. Nothing is changed then.
     pub fn step<P: AsMut<[T]>, G: AsRef<[T]>>(
         &mut self,
         params: &mut [P],
@@ -129,7 +134,8 @@ impl<T: Real> RmsProp<T> {
         self.update(params, grads.len(), |index| Some(grads[index].as_ref()))
     }
 
-    /// As [`RmsProp::step`], but leaves the parameters whose gradient is `None` and their state alone.
+    /// As [`RmsProp::step`], but leaves the parameters whose gradient is `None` and their state
+    /// alone.
     ///
     /// # Errors
     /// As [`RmsProp::step`].
@@ -221,8 +227,8 @@ impl<T: Real> RmsProp<T> {
             })
     }
 
-    /// Changes the options of a group from the next step on. State that they newly need is created at its start value;
-    /// state that they no longer use is kept.
+    /// Changes the options of a group from the next step on. State that they newly need is created
+    /// at its start value; state that they no longer use is kept.
     ///
     /// # Errors
     /// [`Error::Group`], [`Error::Hyperparameter`]; the options are unchanged.
@@ -254,7 +260,8 @@ impl<T: Real> RmsProp<T> {
         Ok(())
     }
 
-    /// A parameter's state; `None` if there is no such parameter or its group has never used the key.
+    /// A parameter's state; `None` if there is no such parameter or its group has never used the
+    /// key.
     pub fn state(&self, parameter: usize, key: StateKey) -> Option<&[T]> {
         let (group, index) = self.locate(parameter)?;
         let state = &self.groups[group].state;
@@ -283,8 +290,8 @@ impl<T: Real> RmsProp<T> {
         Some(&mut self.groups[group].state.steps[index])
     }
 
-    /// The L2 norm over all gradients at the last step, before clipping, also if it was skipped; `None` without
-    /// [`RmsProp::with_max_grad_norm`].
+    /// The L2 norm over all gradients at the last step, before clipping, also if it was skipped;
+    /// `None` without [`RmsProp::with_max_grad_norm`].
     pub fn last_grad_norm(&self) -> Option<f64> {
         self.last_grad_norm
     }
@@ -365,8 +372,8 @@ impl<T: Real> Group<T> {
     }
 }
 
-/// The hyperparameters of a group in a batch: the same for parameters that were updated equally often, and for all
-/// without bias correction.
+/// The hyperparameters of a group in a batch: the same for parameters that were updated equally
+/// often, and for all without bias correction.
 #[derive(Default)]
 pub(crate) struct HyperCache {
     last: Option<(u64, u32)>,
@@ -484,7 +491,8 @@ impl Clipping {
         }
     }
 
-    /// min(1, max_grad_norm / (norm + 1e-6)); NaN if the norm is NaN, as in torch's `clip_grad_norm_`.
+    /// min(1, max_grad_norm / (norm + 1e-6)); NaN if the norm is NaN, as in torch's
+    /// `clip_grad_norm_`.
     fn factor(&self, norm: f64) -> f64 {
         let factor = self.max_grad_norm.map_or(1.0, |max| max / (norm + 1e-6));
         if factor > 1.0 { 1.0 } else { factor }

@@ -1,14 +1,16 @@
 //! Sharing the chunks of a step among threads.
 //!
-//! The caller works too. It hands tickets to a private pool and claims chunks itself; once they are all claimed it closes
-//! the job and waits only for the workers that had entered. A worker that wakes up late finds the job closed and touches
-//! nothing. (rayon's `in_place_scope` waits for tickets nobody has begun as well: 12 µs a step more.)
+//! The caller works too. It hands tickets to a private pool and claims chunks itself; once they are
+//! all claimed it closes the job and waits only for the workers that had entered. A worker that
+//! wakes up late finds the job closed and touches nothing. (rayon's `in_place_scope` waits for
+//! tickets nobody has begun as well: 12 µs a step more.)
 //!
-//! The pool belongs to the process that made it. After `fork` the child finds another process id, leaks the parent's pool,
-//! whose threads it does not have, and makes its own.
+//! The pool belongs to the process that made it. After `fork` the child finds another process id,
+//! leaks the parent's pool, whose threads it does not have, and makes its own.
 
-/// Bytes below which a step stays on the caller. Waking a sleeping worker takes 25 to 40 µs; two threads pay from about
-/// half a million f32 elements on (`benches/kernel.rs`, two cores of a Zen 5).
+/// Bytes below which a step stays on the caller. Waking a sleeping worker takes 25 to 40 µs; two
+/// threads pay from about half a million f32 elements on (`benches/kernel.rs`, two cores of a Zen
+/// 5).
 const SERIAL_BYTES: usize = 8 << 20;
 
 /// How many of `threads` are worth waking for work that moves `bytes`.
@@ -50,8 +52,9 @@ mod shared {
 
     use crate::kernel::dispatch::FloatMode;
 
-    /// Calls `work(shared, index)` once for every index below `count`, on up to `threads` threads, the calling one
-    /// included, all in its floating-point mode. When it returns, no other thread holds `shared` or runs `work`.
+    /// Calls `work(shared, index)` once for every index below `count`, on up to `threads` threads,
+    /// the calling one included, all in its floating-point mode. When it returns, no other thread
+    /// holds `shared` or runs `work`.
     pub(crate) fn for_each<S: Send + Sync + 'static>(
         shared: &Arc<S>,
         count: usize,
@@ -172,10 +175,11 @@ mod shared {
 
     static POOL: Mutex<Option<Pool>> = Mutex::new(None);
 
-    /// A pool of this process with at least `workers` threads; `None` if there can be none just now.
+    /// A pool of this process with at least `workers` threads; `None` if there can be none just
+    /// now.
     fn pool(workers: usize) -> Option<Arc<rayon::ThreadPool>> {
-        // Never waits: should another thread hold the lock, or have held it when this process was forked, the step runs
-        // on the caller.
+        // Never waits: should another thread hold the lock, or have held it when this process was
+        // forked, the step runs on the caller.
         let mut slot = POOL.try_lock().ok()?;
         let process = std::process::id();
         match &*slot {

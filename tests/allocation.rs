@@ -1,4 +1,5 @@
-//! No allocation after construction; on several threads a few small ones that do not grow with the parameters.
+//! No allocation after construction; on several threads a few small ones that do not grow with the
+//! parameters.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

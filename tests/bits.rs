@@ -1,6 +1,7 @@
 //! The same bits for every instruction set, number of threads, alignment and cut of the work.
 //!
-//! The oracle is the rule of the crate docs, one line of Rust for one line of text, one element at a time.
+//! The oracle is the rule of the crate docs, one line of Rust for one line of text, one element at
+//! a time.
 
 use proptest::prelude::*;
 use rmsprop::{Config, DIALECTS, Isa, Real, RmsProp, StateKey};
@@ -128,7 +129,8 @@ fn configs() -> impl Strategy<Value = Config> {
         or_off(0.1..0.99),
     );
     (flags, numbers, 0..DIALECTS.len()).prop_map(|(flags, numbers, dialect)| {
-        let (centered, eps_in_sqrt, lr_in_momentum, nesterov, bias_correction, decoupled, maximize) = flags;
+        let (centered, eps_in_sqrt, lr_in_momentum, nesterov, ..) = flags;
+        let (_, _, _, _, bias_correction, decoupled, maximize) = flags;
         let (lr, alpha, eps, weight_decay, momentum) = numbers;
         Config {
             lr,
@@ -173,7 +175,8 @@ fn cast<T: Real>(x: &[f64]) -> Vec<T> {
     x.iter().map(|&x| T::from_f64(x)).collect()
 }
 
-/// Two steps over `lens`, at an offset in memory; every instruction set must say what the oracle says.
+/// Two steps over `lens`, at an offset in memory; every instruction set must say what the oracle
+/// says.
 fn check<T: Real>(config: &Config, lens: &[usize], offset: usize, data: &[f64]) {
     let total: usize = lens.iter().sum();
     let data = cast::<T>(data);
@@ -258,7 +261,10 @@ proptest! {
     /// Chunks and threads cut the work anywhere; large enough that threads really share it.
     #[test]
     fn every_number_of_threads_computes_the_same(
-        config in configs(), seed in any::<u32>(), first in 1usize..2_000_000, max_norm in prop::option::of(0.1..10.0)
+        config in configs(),
+        seed in any::<u32>(),
+        first in 1usize..2_000_000,
+        max_norm in prop::option::of(0.1..10.0),
     ) {
         let lens = [first, 2_100_000 - first, 3, 0, 100_000];
         let total: usize = lens.iter().sum();
@@ -270,7 +276,8 @@ proptest! {
             x as f32 / u32::MAX as f32 - 0.5
         }).collect();
         let run = |threads: usize| {
-            let mut opt = RmsProp::<f32>::new(config.clone(), &lens).unwrap().with_threads(threads).unwrap();
+            let opt = RmsProp::<f32>::new(config.clone(), &lens).unwrap();
+            let mut opt = opt.with_threads(threads).unwrap();
             if let Some(max_norm) = max_norm {
                 opt = opt.with_max_grad_norm(max_norm).unwrap();
             }

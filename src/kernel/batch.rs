@@ -1,5 +1,5 @@
-//! The tensors of one step as work: one flat range of elements over all of them, so that one huge tensor and ten thousand
-//! tiny ones are cut alike.
+//! The tensors of one step as work: one flat range of elements over all of them, so that one huge
+//! tensor and ten thousand tiny ones are cut alike.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use super::dispatch::{self, Isa};
 use super::{Hyper, Real, Rows, norm};
 use crate::parallel;
 
-/// Elements a thread takes at a time: 64 KiB of each f32 stream, so that the streams of a chunk fit the second-level
-/// cache and a step of a millisecond still has enough chunks to balance.
+/// Elements a thread takes at a time: 64 KiB of each f32 stream, so that the streams of a chunk fit
+/// the second-level cache and a step of a millisecond still has enough chunks to balance.
 const CHUNK: usize = 16 * 1024;
 
 /// Elements of a strided tensor that are brought together at a time, on the stack.
@@ -81,7 +81,8 @@ impl Layout {
         Layout { dims: merged }
     }
 
-    /// Calls `run(offsets, strides, len)` for every stretch of the fastest dimension within the elements `start..end`.
+    /// Calls `run(offsets, strides, len)` for every stretch of the fastest dimension within the
+    /// elements `start..end`.
     fn walk(
         &self,
         start: usize,
@@ -135,9 +136,10 @@ struct Pieces<T> {
     squares: Vec<AtomicU64>,
 }
 
-// SAFETY: the pointers are dereferenced only by `update`, `gather` and what they call, which run only inside the methods of
-// `Batch`; there the pointees are borrowed for `'a`, and distinct chunks are disjoint. After those methods return nobody
-// works on the pieces, because `parallel::for_each` returns only when every thread that had entered has left.
+// SAFETY: the pointers are dereferenced only by `update`, `gather` and what they call, which run
+// only inside the methods of `Batch`; there the pointees are borrowed for `'a`, and distinct chunks
+// are disjoint. After those methods return nobody works on the pieces, because `parallel::for_each`
+// returns only when every thread that had entered has left.
 unsafe impl<T: Send> Send for Pieces<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Pieces<T> {}
@@ -223,9 +225,10 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     /// Adds a piece.
     ///
     /// # Safety
-    /// - For `'a`, each pointer is valid for the elements that `numel` (dense) or the layout names: for reads, and for
-    ///   writes too but for `g`. All but `g` are aligned; a dense `g` is, too.
-    /// - No element of p v m b is reached by another pointer of any piece, or twice through its own layout.
+    /// - For `'a`, each pointer is valid for the elements that `numel` (dense) or the layout names:
+    ///   for reads, and for writes too but for `g`. All but `g` are aligned; a dense `g` is, too.
+    /// - No element of p v m b is reached by another pointer of any piece, or twice through its own
+    ///   layout.
     /// - `m` need be no array unless the hyperparameters are centered, nor `b` without momentum;
     ///   `hyper` and `layout` came from this batch.
     pub unsafe fn push_piece(&mut self, piece: Piece<T>) {
@@ -277,7 +280,8 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
         }
     }
 
-    /// The first non-finite element of a gradient: (index of the parameter, element of the piece, value).
+    /// The first non-finite element of a gradient: (index of the parameter, element of the piece,
+    /// value).
     pub fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
         let pieces = &*self.pieces;
         let mut buffer = [T::ZERO; GATHER];
@@ -349,8 +353,8 @@ impl<T: Real> Pieces<T> {
         }));
     }
 
-    /// Calls `work(piece, start, end)` for the part of each piece that lies in `start..end` of the flat range.
-    /// Needs `ends`.
+    /// Calls `work(piece, start, end)` for the part of each piece that lies in `start..end` of the
+    /// flat range. Needs `ends`.
     fn pieces_of(&self, start: usize, end: usize, mut work: impl FnMut(&Piece<T>, usize, usize)) {
         let mut at = start;
         let mut index = self.ends.partition_point(|&piece_end| piece_end <= start);
@@ -422,8 +426,9 @@ impl<T: Real> Pieces<T> {
                 layout.walk(start, end, |offsets, strides, len| {
                     for (i, x) in buffers[array][filled..filled + len].iter().enumerate() {
                         let offset = offsets[array] + strides[array] * i as isize;
-                        // SAFETY: by the contract of `push_piece` the layout stays inside the array,
-                        // which is aligned and not aliased; nobody else works on `start..end`.
+                        // SAFETY: by the contract of `push_piece` the layout stays inside the
+                        // array, which is aligned and not aliased; nobody else works on
+                        // `start..end`.
                         unsafe { *arrays[array].byte_offset(offset) = *x };
                     }
                     filled += len;
@@ -438,7 +443,8 @@ impl<T: Real> Pieces<T> {
             let layout = &self.layouts[piece.layout as usize];
             return gather_from(layout, GRADIENT, piece.g.cast(), start, end, buffer);
         }
-        // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned for `numel` elements.
+        // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned for `numel`
+        // elements.
         let g = unsafe { std::slice::from_raw_parts(piece.g.add(start), end - start) };
         buffer[..g.len()].copy_from_slice(g);
     }
@@ -463,7 +469,8 @@ impl<T: Real> Pieces<T> {
                 let piece = &self.pieces[index];
                 let len = (piece.numel - at).min(wanted - filled);
                 if len == wanted && piece.layout == Piece::<T>::DENSE {
-                    // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned for `numel` elements.
+                    // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned
+                    // for `numel` elements.
                     let g = unsafe { std::slice::from_raw_parts(piece.g.add(at), len) };
                     work(chunk, dispatch::sum_squares(self.isa, g));
                 } else {
@@ -495,7 +502,8 @@ fn gather_from<T: Real>(
     layout.walk(start, end, |offsets, strides, len| {
         for (i, x) in buffer[filled..filled + len].iter_mut().enumerate() {
             let offset = offsets[array] + strides[array] * i as isize;
-            // SAFETY: by the contract of `push_piece` the layout stays inside the array. A gradient may be unaligned.
+            // SAFETY: by the contract of `push_piece` the layout stays inside the array. A gradient
+            // may be unaligned.
             *x = unsafe { source.offset(offset).cast::<T>().read_unaligned() };
         }
         filled += len;

@@ -1,7 +1,9 @@
-//! The first door to unsafe code: which instruction set runs, and the floating-point mode it runs in.
+//! The first door to unsafe code: which instruction set runs, and the floating-point mode it runs
+//! in.
 //!
-//! Nothing here computes: every function below is [`update::rows`] or [`norm::sum_squares`] compiled once more. LLVM
-//! vectorises them; intrinsics gained nothing (five streams of memory and one divider are the limits).
+//! Nothing here computes: every function below is [`update::rows`] or [`norm::sum_squares`]
+//! compiled once more. LLVM vectorises them; intrinsics gained nothing (five streams of memory and
+//! one divider are the limits).
 
 use std::sync::OnceLock;
 
@@ -26,7 +28,8 @@ impl Isa {
     /// From the slowest to the fastest.
     const ALL: [Isa; 4] = [Isa::Scalar, Isa::Baseline, Isa::Avx2, Isa::Avx512];
 
-    /// The name that `RMSPROP_ISA` takes: "scalar", "sse2" (x86-64; "baseline" elsewhere), "avx2", "avx512".
+    /// The name that `RMSPROP_ISA` takes: "scalar", "sse2" (x86-64; "baseline" elsewhere), "avx2",
+    /// "avx512".
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
@@ -80,8 +83,8 @@ impl Isa {
     }
 }
 
-/// The instruction set that optimizers use: the widest this processor has, unless the environment variable
-/// `RMSPROP_ISA` names another. Decided at the first call.
+/// The instruction set that optimizers use: the widest this processor has, unless the environment
+/// variable `RMSPROP_ISA` names another. Decided at the first call.
 ///
 /// # Errors
 /// [`Error::Isa`] if `RMSPROP_ISA` is unknown or not available.
@@ -100,8 +103,9 @@ pub(super) fn rows<T: Real>(isa: Isa, rows: Rows<'_, T>, h: &Hyper<T>) {
     match isa {
         Isa::Scalar => rows_scalar(rows, h),
         Isa::Baseline => rows_baseline(rows, h),
-        // SAFETY: an `Isa` is made only by `Isa::named` and `Isa::available`, for instruction sets this processor has,
-        // or by naming a variant, which `RmsProp::with_isa` checks with `is_available`.
+        // SAFETY: an `Isa` is made only by `Isa::named` and `Isa::available`, for instruction sets
+        // this processor has, or by naming a variant, which `RmsProp::with_isa` checks with
+        // `is_available`.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { rows_avx2(rows, h) },
         // SAFETY: as above.
@@ -177,8 +181,8 @@ fn sum_squares_avx512<T: Real>(g: &[T]) -> f64 {
 
 /// The control bits of a thread's floating-point unit: rounding mode, flush to zero.
 ///
-/// The mode belongs to a thread, so a step that runs on several must carry the caller's along. Elsewhere than on x86-64
-/// it is left alone.
+/// The mode belongs to a thread, so a step that runs on several must carry the caller's along.
+/// Elsewhere than on x86-64 it is left alone.
 #[cfg(feature = "rayon")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FloatMode(#[cfg(target_arch = "x86_64")] u32);
@@ -219,9 +223,10 @@ impl FloatMode {
 
     fn set(self) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: every x86-64 processor has SSE; the value was read from the same register of some thread, so it has
-        // no reserved bit. The code that runs in it is the kernels', compiled without an assumption about rounding: no
-        // constant is folded in them and no operation reordered.
+        // SAFETY: every x86-64 processor has SSE; the value was read from the same register of some
+        // thread, so it has no reserved bit. The code that runs in it is the kernels', compiled
+        // without an assumption about rounding: no constant is folded in them and no operation
+        // reordered.
         unsafe {
             std::arch::asm!("ldmxcsr [{}]", in(reg) &self.0, options(nostack, preserves_flags))
         };

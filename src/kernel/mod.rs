@@ -1,5 +1,5 @@
-//! The arithmetic of a step: the rule ([`update`]), the norm of the gradients ([`norm`]), both compiled for each
-//! instruction set ([`dispatch`]), over the tensors of a step ([`batch`]).
+//! The arithmetic of a step: the rule ([`update`]), the norm of the gradients ([`norm`]), both
+//! compiled for each instruction set ([`dispatch`]), over the tensors of a step ([`batch`]).
 
 pub(crate) mod batch;
 pub(crate) mod dispatch;
@@ -168,7 +168,8 @@ impl<T: Real> Hyper<T> {
     }
 }
 
-/// `base^exponent` by repeated squaring, written out because `powi` is free to round differently on each platform.
+/// `base^exponent` by repeated squaring, written out because `powi` is free to round differently on
+/// each platform.
 fn power(mut base: f64, mut exponent: u64) -> f64 {
     let mut result = 1.0;
     while exponent > 0 {
@@ -181,8 +182,8 @@ fn power(mut base: f64, mut exponent: u64) -> f64 {
     result
 }
 
-/// The same elements of the arrays of one parameter, all of `p.len()` elements; `m` is empty unless centered, `b` is
-/// empty without momentum.
+/// The same elements of the arrays of one parameter, all of `p.len()` elements; `m` is empty unless
+/// centered, `b` is empty without momentum.
 pub(crate) struct Rows<'a, T> {
     pub p: &'a mut [T],
     pub g: &'a [T],

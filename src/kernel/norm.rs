@@ -1,8 +1,9 @@
 //! The squares of the gradients, summed in a fixed order.
 //!
-//! All gradients of a step form one sequence, in the order of the parameters. It is cut into chunks of [`CHUNK`]
-//! elements wherever tensors begin and end; a chunk is summed in [`LANES`] lanes, the chunks are added in order. So the
-//! sum depends neither on threads, nor on the instruction set, nor on whether tensors lie next to each other in memory.
+//! All gradients of a step form one sequence, in the order of the parameters. It is cut into chunks
+//! of [`CHUNK`] elements wherever tensors begin and end; a chunk is summed in [`LANES`] lanes, the
+//! chunks are added in order. So the sum depends neither on threads, nor on the instruction set,
+//! nor on whether tensors lie next to each other in memory.
 
 use super::Real;
 

@@ -1,10 +1,11 @@
 //! The update rule, once: one line of code for each line of the formula.
 //!
-//! Symbols: `p` parameter, `g` gradient, `v` square_avg, `m` grad_avg, `b` momentum_buffer, all at one
-//! index; `h` holds the hyperparameters, already rounded to the compute type `T`.
+//! Symbols: `p` parameter, `g` gradient, `v` square_avg, `m` grad_avg, `b` momentum_buffer, all at
+//! one index; `h` holds the hyperparameters, already rounded to the compute type `T`.
 //!
-//! Every operation rounds once. There is no `mul_add` here and Rust never contracts `a * b + c`, so the
-//! bits do not depend on the instruction set that [`dispatch`](super::dispatch) compiles this for.
+//! Every operation rounds once. There is no `mul_add` here and Rust never contracts `a * b + c`, so
+//! the bits do not depend on the instruction set that [`dispatch`](super::dispatch) compiles this
+//! for.
 
 use super::{Decay, Hyper, Momentum, Real, Rows};
 
@@ -46,8 +47,8 @@ fn with_decay<T: Real, const CENTERED: bool, const MOMENTUM: u8>(rows: Rows<'_, 
 
 /// One pass over the rows. The options are constants, so a line that is off is not computed at all:
 /// `0 * inf` would be NaN.
-// The slices are arguments, not fields of one struct, because only reference arguments tell LLVM that
-// they do not alias; it would otherwise check that at run time, for every tensor.
+// The slices are arguments, not fields of one struct, because only reference arguments tell LLVM
+// that they do not alias; it would otherwise check that at run time, for every tensor.
 #[inline(always)]
 fn sweep<T: Real, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
     p: &mut [T],
@@ -80,7 +81,8 @@ fn sweep<T: Real, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
             m[i] = h.alpha * m[i] + h.one_minus_alpha * g;
             let mean = h.correction * m[i];
             d = d - mean * mean;
-            // Rounding can make a variance negative. Not `max`: `f32::max(NaN, 0.0)` is 0 and would hide a NaN.
+            // Rounding can make a variance negative. Not `max`: `f32::max(NaN, 0.0)` is 0 and would
+            // hide a NaN.
             d = if d < T::ZERO { T::ZERO } else { d };
         }
         let s = (d + h.eps_in).sqrt() + h.eps_out;

@@ -141,8 +141,8 @@ impl Group {
             .chain(flats)
     }
 
-    /// Decides whether this step takes the parameters and gradients as flat buffers: if all of them still are where
-    /// `contiguous_params` put them.
+    /// Decides whether this step takes the parameters and gradients as flat buffers: if all of them
+    /// still are where `contiguous_params` put them.
     pub fn settle_mode(
         &mut self,
         py: Python<'_>,
@@ -177,12 +177,14 @@ impl Group {
 
     /// That nobody has pulled the memory away: a view's `base` is within a user's reach.
     pub fn check_buffers(&self, py: Python<'_>, index: usize) -> PyResult<()> {
-        match self.buffers().all(|buffer| buffer.is_current(py)) {
-            true => Ok(()),
-            false => Err(PyValueError::new_err(format!(
-                "state of group {index}: expected the optimizer's own arrays, got one that was resized or given other memory"
-            ))),
+        if self.buffers().all(|buffer| buffer.is_current(py)) {
+            return Ok(());
         }
+        let wanted = "expected the optimizer's own arrays";
+        let found = "got one that was resized or given other memory";
+        Err(PyValueError::new_err(format!(
+            "state of group {index}: {wanted}, {found}"
+        )))
     }
 }
 

@@ -1,4 +1,5 @@
-//! The Python extension module `rmsprop._core`: it converts, releases the GIL, calls and maps errors. No arithmetic.
+//! The Python extension module `rmsprop._core`: it converts, releases the GIL, calls and maps
+//! errors. No arithmetic.
 
 mod error;
 mod group;
@@ -41,7 +42,8 @@ fn dialect<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
     Ok(options)
 }
 
-/// Checks the options of a dict; `place` is " of group 0" or nothing. TypeError or ValueError names the first bad one.
+/// Checks the options of a dict; `place` is " of group 0" or nothing. TypeError or ValueError names
+/// the first bad one.
 #[pyfunction]
 fn check_options(options: &Bound<'_, PyDict>, place: &str) -> PyResult<()> {
     options::config_of(options, place).map(|_| ())

@@ -115,18 +115,19 @@ impl Optimizer {
             .unwrap_or_else(PoisonError::into_inner) = groups.unbind();
     }
 
-    /// step(closure=None, *, grads=None)
-    /// --
+    /// step(closure=None, *, grads=None) --
     ///
-    /// Updates every parameter that has a gradient, in place, by the rule in `rmsprop`'s documentation.
+    /// Updates every parameter that has a gradient, in place, by the rule in `rmsprop`'s
+    /// documentation.
     ///
-    /// `closure` is called first, if given, and its value returned. Gradients come from `grads`, a sequence in the order of
-    /// the parameters over all groups or a mapping by name, where None leaves a parameter alone; or else from each
-    /// parameter's `.grad`. A gradient has its parameter's shape and dtype and is not written. The parameters and the
-    /// state are. The GIL is released while a long step computes; threads that step one optimizer take turns.
+    /// `closure` is called first, if given, and its value returned. Gradients come from `grads`, a
+    /// sequence in the order of the parameters over all groups or a mapping by name, where None
+    /// leaves a parameter alone; or else from each parameter's `.grad`. A gradient has its
+    /// parameter's shape and dtype and is not written. The parameters and the state are. The GIL is
+    /// released while a long step computes; threads that step one optimizer take turns.
     ///
-    /// Raises TypeError or ValueError for a gradient, a parameter or an option that does not fit, naming it, and
-    /// FloatingPointError with `nonfinite="raise"`; nothing is changed then.
+    /// Raises TypeError or ValueError for a gradient, a parameter or an option that does not fit,
+    /// naming it, and FloatingPointError with `nonfinite="raise"`; nothing is changed then.
     ///
     /// Example: `opt.step(grads=[gw, gb])`.
     #[pyo3(signature = (closure = None, *, grads = None))]
@@ -138,10 +139,10 @@ impl Optimizer {
         let py = slf.py();
         let value = closure.map(|closure| closure.call0()).transpose()?;
         let this = slf.get();
-        let grads = grads.map(Grads::new).transpose()?;
+        let grads = Grads::new(grads)?;
         let groups = this.groups(py);
         let mut turn = this.contents.wait(py)?;
-        let outcome = turn.step(py, &groups, grads);
+        let outcome = turn.step(py, &groups, &grads);
         turn.release(py);
         drop(turn);
         outcome?;
@@ -269,7 +270,8 @@ impl Optimizer {
         Ok(self.contents.wait(py)?.params.len())
     }
 
-    /// The greatest norm that all gradients together may have; None for no limit. Read at every step.
+    /// The greatest norm that all gradients together may have; None for no limit. Read at every
+    /// step.
     #[getter(max_grad_norm)]
     fn get_max_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
         Ok(self.contents.wait(py)?.clipping.max_grad_norm)
@@ -341,8 +343,8 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The L2 norm over all gradients at the last step, before clipping, also if it was skipped; None without
-    /// max_grad_norm.
+    /// The L2 norm over all gradients at the last step, before clipping, also if it was skipped;
+    /// None without max_grad_norm.
     #[getter]
     fn last_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
         Ok(self.contents.wait(py)?.last_grad_norm)

@@ -101,7 +101,8 @@ fn wrong_type(key: &str, place: &str, wanted: &str, value: &Bound<'_, PyAny>) ->
     ))
 }
 
-/// What a group's dict held when it was last read, so that an unchanged one costs a comparison of references.
+/// What a group's dict held when it was last read, so that an unchanged one costs a comparison of
+/// references.
 pub(crate) struct Snapshot {
     entries: Vec<(Py<PyAny>, Py<PyAny>)>,
     /// All values are of types that cannot change in place.

@@ -100,7 +100,8 @@ impl Parameter {
         self.fields().name.clone()
     }
 
-    /// Moves the parameter into an optimizer's flat buffers: the arrays of the slot become its data and gradient.
+    /// Moves the parameter into an optimizer's flat buffers: the arrays of the slot become its data
+    /// and gradient.
     pub fn settle(&self, py: Python<'_>, slot: Slot) {
         let mut fields = self.fields();
         let data = std::mem::replace(&mut fields.data, slot.data.clone_ref(py));

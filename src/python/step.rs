@@ -39,8 +39,10 @@ pub(crate) struct Inner {
     pub keep: Vec<Py<PyAny>>,
 }
 
-/// Gradients that were handed to a step.
+/// Where the gradients of a step come from.
 pub(crate) enum Grads<'py> {
+    /// Each parameter's `.grad`.
+    Attributes,
     List(Bound<'py, PyList>),
     Tuple(Bound<'py, PyTuple>),
     Mapping(Bound<'py, PyMapping>),
@@ -48,7 +50,10 @@ pub(crate) enum Grads<'py> {
 
 impl<'py> Grads<'py> {
     /// Sorts out what was handed over; an iterable is read once.
-    pub fn new(grads: &Bound<'py, PyAny>) -> PyResult<Self> {
+    pub fn new(grads: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+        let Some(grads) = grads else {
+            return Ok(Grads::Attributes);
+        };
         if let Ok(list) = grads.cast::<PyList>() {
             return Ok(Grads::List(list.clone()));
         }
@@ -58,26 +63,93 @@ impl<'py> Grads<'py> {
         if let Ok(mapping) = grads.cast::<PyMapping>() {
             return Ok(Grads::Mapping(mapping.clone()));
         }
-        let is_bare = grads.is_instance_of::<PyString>() || Source::of(grads).is_ok();
         let class = grads.get_type().name()?;
         let wrong = || {
-            PyTypeError::new_err(format!(
-                "grads: expected a sequence or a mapping of arrays, got {class}"
-            ))
+            let message = format!("grads: expected a sequence or a mapping of arrays, got {class}");
+            PyTypeError::new_err(message)
         };
-        if is_bare {
+        // A bare array is iterable too, as a rule.
+        if grads.is_instance_of::<PyString>() || Source::of(grads).is_ok() {
             return Err(wrong());
         }
-        // Any other iterable, read once.
-        let tuple = PyTuple::new(
-            grads.py(),
-            grads
-                .try_iter()
-                .map_err(|_| wrong())?
-                .collect::<PyResult<Vec<_>>>()?,
-        )?;
-        Ok(Grads::Tuple(tuple))
+        let items = grads
+            .try_iter()
+            .map_err(|_| wrong())?
+            .collect::<PyResult<Vec<_>>>()?;
+        Ok(Grads::Tuple(PyTuple::new(grads.py(), items)?))
     }
+
+    /// That there is one for each parameter, and no other.
+    fn check(&self, params: &[Param]) -> PyResult<()> {
+        let found = match self {
+            Grads::Attributes => return Ok(()),
+            Grads::List(list) => list.len(),
+            Grads::Tuple(tuple) => tuple.len(),
+            Grads::Mapping(mapping) => return check_names(mapping, params),
+        };
+        let wanted = params.len();
+        if found == wanted {
+            return Ok(());
+        }
+        let message = format!("grads: expected {wanted} gradients, got {found}");
+        Err(PyValueError::new_err(message))
+    }
+
+    /// The gradient of a parameter, or Python's None.
+    #[inline]
+    fn of(&self, py: Python<'py>, param: &Param, index: usize) -> PyResult<Bound<'py, PyAny>> {
+        match self {
+            Grads::List(list) => list.get_item(index),
+            Grads::Tuple(tuple) => tuple.get_item(index),
+            Grads::Mapping(mapping) => mapping.get_item(&param.name).map_err(|_| {
+                let culprit = param.culprit("gradient", index);
+                let message =
+                    format!("{culprit}: expected an array or None, got no entry in grads");
+                PyValueError::new_err(message)
+            }),
+            Grads::Attributes => match &param.source {
+                Source::Parameter(parameter) => Ok(parameter
+                    .get()
+                    .grad(py)
+                    .unwrap_or_else(|| py.None().into_bound(py))),
+                _ => param
+                    .object
+                    .bind(py)
+                    .getattr(intern!(py, "grad"))
+                    .map_err(|error| {
+                        if !error.is_instance_of::<PyAttributeError>(py) {
+                            return error;
+                        }
+                        let culprit = param.culprit("parameter", index);
+                        let wanted = "one with .grad, or a step(grads=...)";
+                        PyValueError::new_err(format!("{culprit}: expected {wanted}, got neither"))
+                    }),
+            },
+        }
+    }
+}
+
+/// That all parameters have names and the mapping has no others.
+fn check_names(mapping: &Bound<'_, PyMapping>, params: &[Param]) -> PyResult<()> {
+    if params.iter().any(|param| param.name.is_none()) {
+        let message = "grads: expected a sequence, for the parameters have no names, got a mapping";
+        return Err(PyValueError::new_err(message));
+    }
+    if mapping.len()? <= params.len() {
+        return Ok(()); // A missing name will be missed.
+    }
+    for key in mapping.keys()?.iter() {
+        let is_name = |key: &str| {
+            params
+                .iter()
+                .any(|param| param.name.as_deref() == Some(key))
+        };
+        if !key.extract::<&str>().is_ok_and(is_name) {
+            let message = format!("grads: expected names of parameters, got {}", key.repr()?);
+            return Err(PyValueError::new_err(message));
+        }
+    }
+    Ok(())
 }
 
 impl Inner {
@@ -99,7 +171,7 @@ impl Inner {
         &mut self,
         py: Python<'_>,
         dicts: &Bound<'_, PyList>,
-        grads: Option<Grads<'_>>,
+        grads: &Grads<'_>,
     ) -> PyResult<()> {
         self.read_groups(py, dicts)?;
         self.take_gradients(py, grads)?;
@@ -237,7 +309,7 @@ impl Inner {
         let range = self.groups[group].range.clone();
         if objects.len() != range.len() {
             return Err(PyValueError::new_err(format!(
-                "params of group {group}: expected {} parameters, got {}: add_param_group adds some",
+                "params of group {group}: expected {}, got {}: add_param_group adds parameters",
                 range.len(),
                 objects.len()
             )));
@@ -265,7 +337,7 @@ impl Inner {
     }
 
     /// Fills `incoming` with the gradients of this step. May run Python code.
-    fn take_gradients(&mut self, py: Python<'_>, grads: Option<Grads<'_>>) -> PyResult<()> {
+    fn take_gradients(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<()> {
         let Inner {
             groups,
             params,
@@ -275,76 +347,19 @@ impl Inner {
             keep,
             ..
         } = self;
-        match grads {
-            Some(Grads::List(list)) => {
-                check_count(list.len(), params.len())?;
-                groups.iter_mut().for_each(|group| group.is_flat = false);
-                for (index, param) in params.iter().enumerate() {
-                    incoming[index] = Incoming::new(list.get_item(index)?, keep, param, index)?;
-                }
+        grads.check(params)?;
+        for group in groups {
+            match grads {
+                Grads::Attributes => group.settle_mode(py, params, steps, guard)?,
+                _ => group.is_flat = false,
             }
-            Some(Grads::Tuple(tuple)) => {
-                check_count(tuple.len(), params.len())?;
-                groups.iter_mut().for_each(|group| group.is_flat = false);
-                for (index, param) in params.iter().enumerate() {
-                    incoming[index] = Incoming::new(tuple.get_item(index)?, keep, param, index)?;
-                }
+            if group.is_flat {
+                continue;
             }
-            Some(Grads::Mapping(mapping)) => {
-                groups.iter_mut().for_each(|group| group.is_flat = false);
-                for (index, param) in params.iter().enumerate() {
-                    let Some(name) = &param.name else {
-                        let message = "grads: expected a sequence, since the parameters have no names, got a mapping";
-                        return Err(PyValueError::new_err(message));
-                    };
-                    let object = mapping.get_item(name).map_err(|_| {
-                        let culprit = param.culprit("gradient", index);
-                        PyValueError::new_err(format!(
-                            "{culprit}: expected an array or None, got no entry in grads"
-                        ))
-                    })?;
-                    incoming[index] = Incoming::new(object, keep, param, index)?;
-                }
-                if mapping.len()? != params.len() {
-                    for key in mapping.keys()?.iter() {
-                        if !key.extract::<&str>().is_ok_and(|key| {
-                            params
-                                .iter()
-                                .any(|param| param.name.as_deref() == Some(key))
-                        }) {
-                            let message =
-                                format!("grads: expected names of parameters, got {}", key.repr()?);
-                            return Err(PyValueError::new_err(message));
-                        }
-                    }
-                }
-            }
-            None => {
-                for group in groups.iter_mut() {
-                    group.settle_mode(py, params, steps, guard)?;
-                    if group.is_flat {
-                        continue;
-                    }
-                    for index in group.range.clone() {
-                        let param = &params[index];
-                        let object = match &param.source {
-                            Source::Parameter(parameter) => parameter.get().grad(py),
-                            _ => Some(param.object.bind(py).getattr(intern!(py, "grad")).map_err(|error| {
-                                match error.is_instance_of::<PyAttributeError>(py) {
-                                    true => {
-                                        let culprit = param.culprit("parameter", index);
-                                        let message = format!("{culprit}: expected one with .grad, or a step(grads=...), got neither");
-                                        PyValueError::new_err(message)
-                                    }
-                                    false => error,
-                                }
-                            })?),
-                        };
-                        if let Some(object) = object {
-                            incoming[index] = Incoming::new(object, keep, param, index)?;
-                        }
-                    }
-                }
+            for index in group.range.clone() {
+                let param = &params[index];
+                let object = grads.of(py, param, index)?;
+                incoming[index] = Incoming::new(object, keep, param, index)?;
             }
         }
         Ok(())
@@ -377,7 +392,8 @@ impl Inner {
         }
     }
 
-    /// The error for a gradient that is not finite. A piece may be several parameters that lie next to each other.
+    /// The error for a gradient that is not finite. A piece may be several parameters that lie next
+    /// to each other.
     fn blame(&self, mut index: usize, mut element: usize, found: f64) -> PyErr {
         let dtype = self.params[index].destination.dtype;
         while element >= self.params[index].destination.numel {
@@ -498,10 +514,10 @@ impl Inner {
             }
             if is_contiguous && !matches!(param.source, Source::Parameter(_)) {
                 let (param, class) = (param.culprit("parameter", index), object.get_type().name()?);
-                let message = format!(
-                    "{param}: expected, with contiguous_params, a Parameter, which can be moved, got {class}"
-                );
-                return Err(PyValueError::new_err(message));
+                let wanted = "expected, with contiguous_params, a Parameter, which can be moved";
+                return Err(PyValueError::new_err(format!(
+                    "{param}: {wanted}, got {class}"
+                )));
             }
             self.params.push(param);
         }
@@ -512,16 +528,6 @@ impl Inner {
         self.guard.forget();
         let groups = &self.groups;
         self.guard.check(&mut self.params, || state_spans(groups))
-    }
-}
-
-fn check_count(found: usize, wanted: usize) -> PyResult<()> {
-    match found == wanted {
-        true => Ok(()),
-        false => {
-            let message = format!("grads: expected {wanted} gradients, got {found}");
-            Err(PyValueError::new_err(message))
-        }
     }
 }
 

@@ -11,7 +11,8 @@ use pyo3::sync::MutexExt;
 /// Counts the forks that made this process.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
-/// Run in a child after `os.fork`: whatever other threads of the parent held is held by nobody here.
+/// Run in a child after `os.fork`: whatever other threads of the parent held is held by nobody
+/// here.
 #[pyfunction]
 #[pyo3(name = "_after_fork")]
 pub(crate) fn after_fork() {

@@ -95,7 +95,8 @@ const _: () = if cfg!(target_pointer_width = "64") {
 #[derive(Clone, Copy)]
 pub(crate) struct Exchange(NonNull<ExchangeTable>);
 
-// SAFETY: the table is constant and lives as long as the process; its functions are called with the GIL held.
+// SAFETY: the table is constant and lives as long as the process; its functions are called with the
+// GIL held.
 unsafe impl Send for Exchange {}
 // SAFETY: as above.
 unsafe impl Sync for Exchange {}
@@ -103,8 +104,9 @@ unsafe impl Sync for Exchange {}
 impl Exchange {
     /// The table that the object's type offers, if it does and if it may be used on this object.
     ///
-    /// Subclasses inherit the attribute without its meaning (a DTensor or a FakeTensor is not its own storage), so the class
-    /// that defines it must be the object's own; `torch.nn.Parameter` is the one subclass known to be a plain tensor.
+    /// Subclasses inherit the attribute without its meaning (a DTensor or a FakeTensor is not its
+    /// own storage), so the class that defines it must be the object's own; `torch.nn.Parameter` is
+    /// the one subclass known to be a plain tensor.
     pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
         let py = object.py();
         let class = object.get_type();
@@ -132,8 +134,8 @@ impl Exchange {
             return Ok(None);
         };
         let mut header = table.cast::<Header>().as_ptr().cast_const();
-        // SAFETY: the specification makes the capsule's pointer a table that begins with this header, chained to older
-        // tables or null, all alive as long as the process.
+        // SAFETY: the specification makes the capsule's pointer a table that begins with this
+        // header, chained to older tables or null, all alive as long as the process.
         unsafe {
             while !header.is_null() && (*header).version.major != MAJOR {
                 header = (*header).previous;
@@ -150,9 +152,10 @@ impl Exchange {
     /// Reads the tensor. The memory is the object's: whoever keeps the pointer keeps the object.
     pub fn read(self, object: &Bound<'_, PyAny>) -> Result<Tensor, Refusal> {
         let mut raw = std::mem::MaybeUninit::<RawTensor>::uninit();
-        // SAFETY: `of` found the table on this object's type (its callers compare types) and the function to be there; the
-        // GIL is held. On success the tensor is filled in; its shape and strides live as long as the object is untouched,
-        // and are copied before anything else runs.
+        // SAFETY: `of` found the table on this object's type (its callers compare types) and the
+        // function to be there; the GIL is held. On success the tensor is filled in; its shape and
+        // strides live as long as the object is untouched, and are copied before anything else
+        // runs.
         unsafe {
             let Some(function) = self.0.as_ref().tensor_from_object else {
                 return Err(Refusal::Value(
@@ -235,7 +238,8 @@ pub(crate) fn import_object(object: &Bound<'_, PyAny>) -> Result<Option<Tensor>,
     take(&capsule).map(Some)
 }
 
-/// Takes the tensor out of a capsule, as the specification says: the capsule is renamed, so it is used only once.
+/// Takes the tensor out of a capsule, as the specification says: the capsule is renamed, so it is
+/// used only once.
 fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Tensor, Refusal> {
     let pointer = |name: &CStr| capsule.pointer_checked(Some(name)).ok();
     let rename = |name: &'static CStr| {

@@ -1,7 +1,8 @@
 //! The second door to unsafe code: memory that belongs to Python objects.
 //!
-//! Whatever comes in (NumPy, DLPack, buffers) becomes a [`Tensor`]: an address with a type, a shape and strides, checked
-//! here. What other modules do with it is safe until [`push`] turns checked tensors into work for the kernel.
+//! Whatever comes in (NumPy, DLPack, buffers) becomes a [`Tensor`]: an address with a type, a shape
+//! and strides, checked here. What other modules do with it is safe until [`push`] turns checked
+//! tensors into work for the kernel.
 
 pub(crate) mod dlpack;
 pub(crate) mod overlap;
@@ -335,8 +336,9 @@ impl Source {
     }
 }
 
-/// Reads a gradient: whatever a parameter may be, read-only or in a legacy capsule too, or a NumPy scalar (which is what
-/// NumPy's reductions return for a parameter without dimensions). What keeps the memory is pushed to `keep`.
+/// Reads a gradient: whatever a parameter may be, read-only or in a legacy capsule too, or a NumPy
+/// scalar (which is what NumPy's reductions return for a parameter without dimensions). What keeps
+/// the memory is pushed to `keep`.
 pub(crate) fn read_gradient(
     object: &Bound<'_, PyAny>,
     keep: &mut Vec<Py<PyAny>>,
@@ -466,8 +468,8 @@ impl Destination {
         &self.state_strides
     }
 
-    /// The address of a gradient that is a NumPy array and can be walked like the parameter; `None` if it must be looked at
-    /// more closely.
+    /// The address of a gradient that is a NumPy array and can be walked like the parameter; `None`
+    /// if it must be looked at more closely.
     #[inline]
     pub fn simple_gradient(&self, array: &Bound<'_, PyUntypedArray>) -> Option<usize> {
         let (mine, its) = (self.header?, Header::of(array));
@@ -516,7 +518,8 @@ impl Gradient {
     }
 }
 
-/// `a == b`, without the call to `memcmp` that costs more than the comparison of two or three lengths.
+/// `a == b`, without the call to `memcmp` that costs more than the comparison of two or three
+/// lengths.
 #[inline]
 fn is_equal(a: &[usize], b: &[usize]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a == b)
@@ -570,7 +573,8 @@ impl Buffer {
         Header::of(array).data == self.data && array.shape() == [self.numel]
     }
 
-    /// A NumPy view of the elements from `offset` on that has the shape and the walk of a dense array.
+    /// A NumPy view of the elements from `offset` on that has the shape and the walk of a dense
+    /// array.
     pub fn view<'py>(
         &self,
         py: Python<'py>,

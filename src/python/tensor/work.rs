@@ -192,7 +192,8 @@ pub(crate) enum Incoming {
     None,
     /// A NumPy array, to be read when no Python code runs any more.
     Array(Py<PyUntypedArray>),
-    /// Anything else, read already; what keeps its memory is in the list that [`Incoming::new`] was given.
+    /// Anything else, read already; what keeps its memory is in the list that [`Incoming::new`] was
+    /// given.
     Read(Box<Tensor>),
 }
 
@@ -252,8 +253,8 @@ impl Incoming {
         !matches!(self, Incoming::None)
     }
 
-    /// The address of a gradient that is a NumPy array and is walked like its parameter; None if it must be looked
-    /// at more closely.
+    /// The address of a gradient that is a NumPy array and is walked like its parameter; None if it
+    /// must be looked at more closely.
     #[inline]
     fn at_a_glance(&self, py: Python<'_>, destination: &Destination) -> Option<usize> {
         match self {
@@ -323,7 +324,8 @@ impl Guard {
         self.is_checked = false;
     }
 
-    /// Checks that no two parameters or state buffers share an element, unless that was found already.
+    /// Checks that no two parameters or state buffers share an element, unless that was found
+    /// already.
     pub fn check(
         &mut self,
         params: &mut [Param],
@@ -415,10 +417,12 @@ pub(crate) struct Work<'s, 'a> {
     pub f64: Batch<'s, 'a, f64>,
 }
 
-/// Puts a step together: reads all memory as it is now, checks it, and makes it the kernel's work. Nothing is written.
+/// Puts a step together: reads all memory as it is now, checks it, and makes it the kernel's work.
+/// Nothing is written.
 ///
-/// Parameters and gradients are held by `params`, `incoming` and `keep` while the work lasts. Another thread that moves
-/// their memory meanwhile (`p.data = …` on a torch tensor) races with the step, as with torch's own kernels.
+/// Parameters and gradients are held by `params`, `incoming` and `keep` while the work lasts.
+/// Another thread that moves their memory meanwhile (`p.data = …` in torch) races with the
+/// step, as with torch's own kernels.
 #[allow(clippy::too_many_arguments)] // The parts of an optimizer, borrowed one by one.
 pub(crate) fn assemble<'g>(
     py: Python<'_>,
@@ -431,15 +435,12 @@ pub(crate) fn assemble<'g>(
     keep: &mut Vec<Managed>,
     work: &mut Work<'_, '_>,
 ) -> PyResult<()> {
-    // As a rule nothing has moved since the last step: look while pushing, and start over if it has.
+    // As a rule nothing has moved since the last step: look while pushing, and start over if
+    // something has, or if anything looks wrong before all parameters were looked at.
     if guard.is_checked {
-        let mut is_settled = true;
-        for group in groups.clone() {
-            is_settled &= push_group(py, params, incoming, steps, &group, guard, work, true)?;
-            if !is_settled {
-                break;
-            }
-        }
+        let is_settled = groups.clone().all(|group| {
+            push_group(py, params, incoming, steps, &group, guard, work, true).unwrap_or(false)
+        });
         if is_settled {
             return Ok(());
         }
@@ -471,8 +472,8 @@ pub(crate) fn assemble<'g>(
     Ok(())
 }
 
-/// Makes a group the kernel's work. With `is_first_look` the parameters may have moved: false if one has, or if that
-/// cannot be told at a glance.
+/// Makes a group the kernel's work. With `is_first_look` the parameters may have moved: false if
+/// one has, or if that cannot be told at a glance.
 #[allow(clippy::too_many_arguments)] // As `assemble`.
 fn push_group(
     py: Python<'_>,
@@ -497,8 +498,8 @@ fn push_group(
                     state,
                     index,
                 };
-                // SAFETY: p, g and the state are flat buffers of the optimizer's own, alive with it,
-                // that have `numel` elements of this type, and no two of them are the same.
+                // SAFETY: p, g and the state are flat buffers of the optimizer's own, alive with
+                // it, that have `numel` elements of this type, and no two of them are the same.
                 unsafe { work.push(dtype, group.config, steps[index], &mut hypers, piece, None) };
             }
         }
@@ -541,11 +542,11 @@ fn push_group(
             state: *state,
             index,
         };
-        // SAFETY: the parameter and its gradient were read just now, with the GIL held and no Python
-        // code in between: writable, aligned (the gradient at least where it is walked densely), of
-        // this type and of one shape; what keeps their memory outlives the work. The state buffers
-        // were made for these parameters and options. `guard` found that no two written arrays share
-        // an element, and that the gradient shares none with them.
+        // SAFETY: the parameter and its gradient were read just now, with the GIL held and no
+        // Python code in between: writable, aligned (the gradient at least where it is walked
+        // densely), of this type and of one shape; what keeps their memory outlives the work. The
+        // state buffers were made for these parameters and options. `guard` found that no two
+        // written arrays share an element, and that the gradient shares none with them.
         unsafe {
             work.push(
                 destination.dtype,
@@ -629,8 +630,9 @@ unsafe fn push<T: Real>(
     };
 }
 
-/// The walk over a parameter whose arrays do not all lie alike: in the order of the parameter's memory where it is dense,
-/// so that the norm of the gradients adds up in the same order as on the flat path.
+/// The walk over a parameter whose arrays do not all lie alike: in the order of the parameter's
+/// memory where it is dense, so that the norm of the gradients adds up in the same order as on the
+/// flat path.
 #[cold]
 fn layout(destination: &Destination, gradient: &Gradient) -> Layout {
     let gradient_strides = gradient.strides.as_deref().unwrap_or(&destination.strides);
