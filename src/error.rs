@@ -20,6 +20,12 @@ pub enum Error {
     /// The lengths of all parameters add up to more elements than memory can hold.
     #[error("expected parameters that fit in memory, got more elements than usize can count")]
     TooLarge,
+    /// There is not enough memory for the state.
+    #[error("expected memory for {elements} elements of state, got none")]
+    OutOfMemory {
+        /// Elements of one array of state.
+        elements: usize,
+    },
     /// Another number of parameters or gradients than the optimizer was made for.
     #[error("expected {expected} {what}s, got {found}")]
     Count {
@@ -33,7 +39,7 @@ pub enum Error {
     /// A slice of another length than the optimizer was made for.
     #[error("{what} {index}: expected {expected} elements, got {found}")]
     Length {
-        /// "parameter", "gradient" or the name of a state.
+        /// "parameter" or "gradient".
         what: &'static str,
         /// The parameter's index over all groups.
         index: usize,

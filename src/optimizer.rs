@@ -74,7 +74,7 @@ impl<T: Real> RmsProp<T> {
             return Err(Error::NoParameters);
         }
         let mut state = State::new(lens).ok_or(Error::TooLarge)?;
-        state.create(&config);
+        state.create(&config)?;
         self.groups.push(Group { config, state });
         self.storage = Storage::new(self.isa, self.parameters(), self.groups.len());
         Ok(())
@@ -174,10 +174,10 @@ impl<T: Real> RmsProp<T> {
             batch: &mut batch,
             threads: self.threads,
         });
-        self.last_grad_norm = verdict.norm;
         match verdict.outcome {
             Outcome::Update { factor } => batch.clip(factor),
             Outcome::Skip => {
+                self.last_grad_norm = verdict.norm;
                 self.skipped_steps += 1;
                 return Ok(());
             }
@@ -194,10 +194,11 @@ impl<T: Real> RmsProp<T> {
             }
         }
         batch.update(self.threads);
+        self.last_grad_norm = verdict.norm;
         let mut index = 0;
         for group in &mut self.groups {
             for step in &mut group.state.steps {
-                *step += u64::from(grad(index).is_some());
+                *step = step.saturating_add(u64::from(grad(index).is_some()));
                 index += 1;
             }
         }
@@ -231,7 +232,7 @@ impl<T: Real> RmsProp<T> {
     /// at its start value; state that they no longer use is kept.
     ///
     /// # Errors
-    /// [`Error::Group`], [`Error::Hyperparameter`]; the options are unchanged.
+    /// [`Error::Group`], [`Error::Hyperparameter`], [`Error::OutOfMemory`]; nothing is changed.
     pub fn set_config(&mut self, group: usize, config: Config) -> Result<(), Error> {
         config.validate()?;
         let count = self.groups.len();
@@ -239,7 +240,7 @@ impl<T: Real> RmsProp<T> {
             index: group,
             count,
         })?;
-        group.state.create(&config);
+        group.state.create(&config)?;
         group.config = config;
         Ok(())
     }
@@ -265,17 +266,20 @@ impl<T: Real> RmsProp<T> {
     pub fn state(&self, parameter: usize, key: StateKey) -> Option<&[T]> {
         let (group, index) = self.locate(parameter)?;
         let state = &self.groups[group].state;
-        Some(&state.arrays[key as usize])
-            .filter(|array| array.len() == state.numel())
-            .map(|array| &array[state.ranges[index].clone()])
+        let range = state.ranges[index].clone();
+        state.arrays[key as usize]
+            .as_ref()
+            .map(|array| &array[range])
     }
 
     /// As [`RmsProp::state`], to restore it by writing.
     pub fn state_mut(&mut self, parameter: usize, key: StateKey) -> Option<&mut [T]> {
-        self.state(parameter, key)?;
         let (group, index) = self.locate(parameter)?;
         let state = &mut self.groups[group].state;
-        Some(&mut state.arrays[key as usize][state.ranges[index].clone()])
+        let range = state.ranges[index].clone();
+        state.arrays[key as usize]
+            .as_mut()
+            .map(|array| &mut array[range])
     }
 
     /// How often a parameter was updated.
@@ -332,8 +336,8 @@ impl<T: Real> Group<T> {
                     ranges,
                 },
         } = self;
-        let used = |key: StateKey, array: &'a mut Vec<T>| match key.is_used(config) {
-            true => array.as_mut_slice(),
+        let used = |key: StateKey, array: &'a mut Option<Vec<T>>| match key.is_used(config) {
+            true => array.as_deref_mut().unwrap_or_default(),
             false => &mut [],
         };
         let mut v = used(StateKey::SquareAvg, v);

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::config::Config;
+use crate::error::Error;
 use crate::kernel::Real;
 
 /// The averages an optimizer keeps for a parameter, each of the parameter's length.
@@ -60,8 +61,8 @@ impl StateKey {
 /// The state of the parameters of one group, one flat buffer for each key.
 #[derive(Clone, Debug)]
 pub(crate) struct State<T> {
-    /// By [`StateKey`]; empty until the key is used.
-    pub arrays: [Vec<T>; 3],
+    /// By [`StateKey`]; none until the key is used.
+    pub arrays: [Option<Vec<T>>; 3],
     /// Updates of each parameter.
     pub steps: Vec<u64>,
     /// Where each parameter lies.
@@ -92,14 +93,23 @@ impl<T: Real> State<T> {
         self.ranges.last().map_or(0, |range| range.end)
     }
 
-    /// Creates the state that `config` uses and that is not there yet.
-    pub fn create(&mut self, config: &Config) {
-        let numel = self.numel();
-        for key in StateKey::ALL {
-            let array = &mut self.arrays[key as usize];
-            if array.is_empty() && key.is_used(config) {
-                *array = vec![T::from_f64(key.start(config)); numel];
+    /// Creates the state that `config` uses and that is not there yet, all or none.
+    pub fn create(&mut self, config: &Config) -> Result<(), Error> {
+        let elements = self.numel();
+        let create = |key: StateKey| {
+            if self.arrays[key as usize].is_some() || !key.is_used(config) {
+                return Ok(None);
             }
+            let mut array = Vec::new();
+            let reserved = array.try_reserve_exact(elements);
+            reserved.map_err(|_| Error::OutOfMemory { elements })?;
+            array.resize(elements, T::from_f64(key.start(config)));
+            Ok(Some(array))
+        };
+        let [v, m, b] = StateKey::ALL.map(create);
+        for (array, new) in self.arrays.iter_mut().zip([v?, m?, b?]) {
+            *array = array.take().or(new);
         }
+        Ok(())
     }
 }

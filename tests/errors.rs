@@ -94,6 +94,10 @@ fn options_out_of_range_are_refused_by_name() {
         RmsProp::<f32>::new(Config::default(), &[usize::MAX, 2]).unwrap_err(),
         Error::TooLarge
     );
+    for elements in [usize::MAX / 2, 1 << 50] {
+        let error = RmsProp::<f32>::new(Config::default(), &[elements]).unwrap_err();
+        assert_eq!(error, Error::OutOfMemory { elements });
+    }
     assert!(matches!(Isa::named("mmx"), Err(Error::Isa { .. })));
 }
 

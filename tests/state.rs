@@ -93,3 +93,17 @@ fn groups_have_options_of_their_own_and_missing_gradients_leave_parameters_alone
     assert_eq!(opt.config(1).unwrap().lr, 0.5);
     assert!(opt.config(2).is_err());
 }
+
+#[test]
+fn a_count_of_steps_does_not_wrap() {
+    let config = Config {
+        bias_correction: true,
+        ..Config::default()
+    };
+    let mut opt = RmsProp::<f64>::new(config, &[3]).unwrap();
+    *opt.steps_mut(0).unwrap() = u64::MAX;
+    let mut p = [1.0; 3];
+    opt.step(&mut [&mut p], &[&GRADS[0]]).unwrap();
+    assert_eq!(opt.steps(0), Some(u64::MAX));
+    assert!(p.iter().all(|p| p.is_finite()));
+}

@@ -167,8 +167,7 @@ class RMSprop(_core.Optimizer):
         groups = list(_groups_in(params))
         if not any(objects for _, objects, _ in groups):
             raise ValueError("params: expected at least one parameter, got none")
-        for options, objects, names in groups:
-            self._add(options, objects, names)
+        self._add(groups)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Adds a group: a mapping with the key ``"params"`` and options of its own.
@@ -189,21 +188,21 @@ class RMSprop(_core.Optimizer):
                 f"group: expected a mapping with the key 'params',"
                 f" got {type(group).__name__}"
             )
-        self._add(*_group_in(group))
+        self._add([_group_in(group)])
 
-    def _add(
-        self, options: dict[str, Any], objects: list[Any], names: list[str | None]
-    ) -> None:
-        names = [
-            getattr(p, "name", None) if name is None and _is_parameter(p) else name
-            for p, name in zip(objects, names)
-        ]
-        group = {"params": tuple(objects), **options}
-        if objects and None not in names:
-            group["param_names"] = list(names)
-        for key, value in self.defaults.items():
-            group.setdefault(key, value)
-        self._add_group(group, names)
+    def _add(self, groups: list[_Group]) -> None:
+        """Completes groups from the defaults and adds them, all or none."""
+        complete = []
+        for options, objects, names in groups:
+            names = [
+                p.name if name is None and isinstance(p, _core.Parameter) else name
+                for p, name in zip(objects, names)
+            ]
+            group = {"params": tuple(objects), **self.defaults, **options}
+            if objects and None not in names:
+                group["param_names"] = list(names)
+            complete.append((group, names))
+        self._add_groups(complete)
 
     @property
     def state(self) -> State:
@@ -219,16 +218,20 @@ class RMSprop(_core.Optimizer):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zeroes the gradients in place, or sets them to None.
 
-        Parameters without ``.grad`` are left alone.
+        Parameters without ``.grad`` are left alone. A read-only gradient (a JAX array)
+        is replaced by an array of zeros.
         """
         for group in self.param_groups:
             for p in group["params"]:
                 if getattr(p, "grad", None) is None:
                     continue
+                array = as_ndarray(p.grad)
                 if set_to_none:
                     p.grad = None
+                elif array.flags.writeable:
+                    array[...] = 0
                 else:
-                    _writable(p.grad)[...] = 0
+                    p.grad = np.zeros_like(array)
 
     def clip_grad(self, error_if_nonfinite: bool = False) -> list[float]:
         """Clips the gradients of each group that asks for it, in place.
@@ -261,7 +264,11 @@ class RMSprop(_core.Optimizer):
                         f" got {max_norm}"
                     )
                 grads = [getattr(p, "grad", None) for p in group["params"]]
-                arrays = [_writable(grad) for grad in grads if grad is not None]
+                arrays = [
+                    _writable(grad, f"gradient {k} of group {index}")
+                    for k, grad in enumerate(grads)
+                    if grad is not None
+                ]
                 norm = _norm(arrays, order)
                 if error_if_nonfinite and not np.isfinite(norm):
                     raise RuntimeError(
@@ -300,7 +307,9 @@ class RMSprop(_core.Optimizer):
         """Restores what :meth:`state_dict` or torch's RMSprop saved; arrays are copied.
 
         Options that are missing come from ``defaults``, state that is missing goes back
-        to its start. ``contiguous_params`` and the names stay as they are here.
+        to its start. ``contiguous_params`` and the names stay as they are here. A
+        checkpoint of another framework says nothing of its dialect: make the optimizer
+        with that dialect first, as ``RMSprop(params, **dialect("torch"))``.
 
         Raises:
             ValueError: for another layout of groups, or state that does not fit; the
@@ -311,6 +320,7 @@ class RMSprop(_core.Optimizer):
             saved_state = dict(state_dict["state"])
             sizes = [len(group["params"]) for group in saved_groups]
             numbers = [n for group in saved_groups for n in group["params"]]
+            places = {number: index for index, number in enumerate(numbers)}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 "state_dict: expected {'state': ..., 'param_groups': [{'params': ...},"
@@ -321,7 +331,8 @@ class RMSprop(_core.Optimizer):
             raise ValueError(
                 f"state_dict: expected groups of {wanted} parameters, got {sizes}"
             )
-        places = {number: index for index, number in enumerate(numbers)}
+        if len(places) != len(numbers):
+            raise ValueError(f"state_dict: expected each parameter once, got {numbers}")
         unknown = [number for number in saved_state if number not in places]
         if unknown:
             raise ValueError(
@@ -361,9 +372,12 @@ class RMSprop(_core.Optimizer):
         self.__dict__.update(state["attributes"])
         for key, value in state["options"].items():
             setattr(self, key, value)
-        for group in state["param_groups"]:
-            names = group.get("param_names", [None] * len(group["params"]))
-            self._add_group(dict(group), list(names))
+        self._add_groups(
+            [
+                (group, group.get("param_names", [None] * len(group["params"])))
+                for group in state["param_groups"]
+            ]
+        )
         for index, entry in state["state"].items():
             self.state[index] = entry
 
@@ -380,11 +394,7 @@ class RMSprop(_core.Optimizer):
 
     def _group_of(self, index: int) -> dict[str, Any]:
         """The group of a parameter."""
-        for group in self.param_groups:
-            if index < len(group["params"]):
-                return group
-            index -= len(group["params"])
-        raise KeyError(index)
+        return self.param_groups[self._group_index(index)]
 
 
 _OPTIMIZER_OPTIONS = ("max_grad_norm", "nonfinite", "threads", "skipped_steps")
@@ -401,10 +411,10 @@ def _groups_in(params: Any) -> Iterator[_Group]:
         else:
             yield {}, *_named(params)
         return
-    items = _listed(params, "params")
-    if any(_is_group(item) for item in items):
+    items = _listed(params)
+    if any(isinstance(item, Mapping) for item in items):
         for index, item in enumerate(items):
-            if not _is_group(item):
+            if not isinstance(item, Mapping):
                 raise TypeError(
                     f"params: expected dicts of groups only,"
                     f" got {type(item).__name__} at {index}"
@@ -423,10 +433,12 @@ def _group_in(group: Mapping[str, Any]) -> _Group:
     params = group["params"]
     if _is_parameter(params):
         params = [params]
-    objects, names = _named(
-        params if isinstance(params, Mapping) else _listed(params, "params")
-    )
+    objects, names = _named(params if isinstance(params, Mapping) else _listed(params))
     if given is not None:
+        if not isinstance(given, (list, tuple)) or not all(
+            isinstance(name, str) for name in given
+        ):
+            raise TypeError(f"param_names: expected a list of str, got {given!r}")
         if len(given) != len(objects):
             raise ValueError(
                 f"param_names: expected {len(objects)} names, got {len(given)}"
@@ -455,21 +467,18 @@ def _named(params: Mapping[str, Any] | list[Any]) -> tuple[list[Any], list[str |
     return objects, names
 
 
-def _listed(params: Any, what: str) -> list[Any]:
+def _listed(params: Any) -> list[Any]:
+    """What an iterable yields, unless it is an array or a string."""
+    wrong = TypeError(
+        f"params: expected an iterable of arrays, got {type(params).__name__}"
+    )
     if isinstance(params, (str, bytes)) or _is_parameter(params):
-        raise TypeError(
-            f"{what}: expected an iterable of arrays, got {type(params).__name__}"
-        )
+        raise wrong
     try:
-        return list(params)
+        items = iter(params)
     except TypeError:
-        raise TypeError(
-            f"{what}: expected an iterable of arrays, got {type(params).__name__}"
-        ) from None
-
-
-def _is_group(item: Any) -> bool:
-    return isinstance(item, Mapping)
+        raise wrong from None
+    return list(items)
 
 
 def _is_parameter(item: Any) -> bool:
@@ -508,11 +517,11 @@ def _number(group: dict[str, Any], key: str, index: int) -> float:
     return value
 
 
-def _writable(grad: Any) -> np.ndarray:
+def _writable(grad: Any, culprit: str) -> np.ndarray:
     """A gradient as an array to write to."""
-    array = as_ndarray(grad.data if isinstance(grad, _core.Parameter) else grad)
+    array = as_ndarray(grad)
     if not array.flags.writeable:
-        raise ValueError("grad: expected a writable array, got a read-only one")
+        raise ValueError(f"{culprit}: expected a writable array, got a read-only one")
     return array
 
 

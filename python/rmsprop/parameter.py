@@ -78,8 +78,20 @@ class Parameter(_core.Parameter, NDArrayOperatorsMixin):
         """The array's number of elements."""
         return self.data.size
 
+    def __getattr__(self, name: str) -> Any:
+        # `w.T`, `w.sum()` and so on; never a protocol of the array's own class.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
     def __len__(self) -> int:
         return len(self.data)
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    def __float__(self) -> float:
+        return float(self.data)
 
     def __getitem__(self, index: Any) -> Any:
         return self.data[index]

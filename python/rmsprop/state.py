@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rmsprop import _core
 
 if TYPE_CHECKING:
     from rmsprop.optimizer import RMSprop
@@ -51,6 +52,10 @@ class State(MutableMapping[int, "ParameterState"]):
     def __repr__(self) -> str:
         return repr({index: entry for index, entry in self.items()})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is a copy of the state, not of the optimizer.
+        return dict, ({index: dict(entry) for index, entry in self.items()},)
+
 
 class ParameterState(MutableMapping[str, Any]):
     """The state of one parameter: ``step`` and the arrays ``square_avg``, with
@@ -88,6 +93,9 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
     def _restore(self, entry: Mapping[str, Any]) -> None:
         """Takes a checked entry whole: what it lacks goes back to its start."""
@@ -127,29 +135,37 @@ def checked(optimizer: RMSprop, index: int, entry: Mapping[str, Any]) -> dict[st
             result[key] = _count(index, value)
         else:
             optimizer._check_state(index, str(key), value)
-            result[key] = as_ndarray(value)
+            result[key] = np.array(as_ndarray(value), copy=True)
+            # What was exported a second time must fit as well.
+            optimizer._check_state(index, str(key), result[key])
     return result
 
 
 def _count(index: int, value: Any) -> int:
     """A number of updates, which torch keeps as a float tensor."""
     try:
-        number = float(value)
-        if number >= 0 and math.isfinite(number) and number == int(number):
-            return int(value)
+        number = value if isinstance(value, int) else float(value)
+        is_text = isinstance(value, (str, bytes))
+        if not is_text and 0 <= number < 2**64 and number == int(number):
+            return int(number)
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(
-        f"state step of parameter {index}: expected an integer >= 0, got {value!r}"
+        f"state step of parameter {index}: expected an integer from 0 to 2**64 - 1,"
+        f" got {value!r}"
     )
 
 
 def as_ndarray(value: Any) -> np.ndarray:
-    """A NumPy view of any array that the core has accepted."""
+    """A NumPy view of any array that the core accepts."""
     if isinstance(value, np.ndarray):
         return value
-    if hasattr(value, "detach"):  # torch exports no tensor that requires grad
-        value = value.detach()
+    if isinstance(value, (_core.Parameter, np.generic)):
+        return np.asarray(value)
+    if hasattr(value, "detach"):
+        # torch exports no tensor that requires grad, and NumPy before 2.1 takes an
+        # exported one for read-only.
+        return np.asarray(value.detach().numpy())
     if hasattr(value, "__dlpack__"):
         return np.from_dlpack(value)
     return np.asarray(memoryview(value))

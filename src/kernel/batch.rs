@@ -274,10 +274,8 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
         let empty = Pieces::new(self.pieces.isa);
         let shared = Arc::new(std::mem::replace(self.pieces, empty));
         parallel::for_each(&shared, count, threads, work);
-        // Nobody else holds it any more: see `for_each`.
-        if let Some(pieces) = Arc::into_inner(shared) {
-            *self.pieces = pieces;
-        }
+        *self.pieces = Arc::into_inner(shared)
+            .expect("when `for_each` has returned, no other thread holds what it shared");
     }
 
     /// The first non-finite element of a gradient: (index of the parameter, element of the piece,

@@ -6,14 +6,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use numpy::PyUntypedArray;
 use pyo3::exceptions::PyValueError;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::options::Snapshot;
-use super::parameter::Slot;
+use super::parameter::{Parameter, Slot};
 use super::tensor::work::{FlatWork, GroupWork, Guard, Param, StateSpan};
-use super::tensor::{Buffer, DType, Gradient, Source, read_gradient};
+use super::tensor::{Buffer, DType, Destination, Gradient, Source, Tensor};
 use crate::config::Config;
 use crate::state::StateKey;
 
@@ -30,6 +29,8 @@ pub(crate) struct Group {
     /// Per type.
     pub halves: [Half; 2],
     pub is_contiguous: bool,
+    /// Some parameters have no element, so that buffers cannot tell whether they have a gradient.
+    has_empty: bool,
     /// This step takes parameters and gradients as flat buffers.
     pub is_flat: bool,
 }
@@ -60,23 +61,26 @@ impl Half {
             .map(|buffer| buffer.as_ref().map_or(0, |buffer| buffer.data))
     }
 
-    /// Creates the state that is not there yet.
-    pub fn create(
+    /// Creates the state that is wanted and not there yet, all or none. True if there was some.
+    fn create(
         &mut self,
         py: Python<'_>,
         dtype: DType,
         config: &Config,
         is_wanted: impl Fn(StateKey) -> bool,
     ) -> PyResult<bool> {
-        let mut has_created = false;
-        for key in StateKey::ALL.into_iter().filter(|&key| is_wanted(key)) {
-            let buffer = &mut self.state[key as usize];
-            if buffer.is_none() && self.numel > 0 {
-                *buffer = Some(Buffer::new(py, dtype, self.numel, key.start(config))?);
-                has_created = true;
-            }
+        let is_missing = |key: StateKey| self.numel > 0 && self.state[key as usize].is_none();
+        let create = |key: StateKey| match is_missing(key) && is_wanted(key) {
+            true => Buffer::new(py, dtype, self.numel, key.start(config)).map(Some),
+            false => Ok(None),
+        };
+        let [v, m, b] = StateKey::ALL.map(create);
+        let new = [v?, m?, b?];
+        let has_new = new.iter().any(Option::is_some);
+        for (buffer, new) in self.state.iter_mut().zip(new) {
+            *buffer = buffer.take().or(new);
         }
-        Ok(has_created)
+        Ok(has_new)
     }
 }
 
@@ -103,31 +107,62 @@ impl Group {
         }
     }
 
-    /// Creates the state that is wanted and not there yet, and tells its parameters where it is.
+    /// A group of these parameters, of which `first` is the index of the first.
+    pub fn new(
+        py: Python<'_>,
+        snapshot: Snapshot,
+        objects: Py<PyTuple>,
+        config: Config,
+        is_contiguous: bool,
+        first: usize,
+        params: &mut [Param],
+    ) -> PyResult<Self> {
+        let mut halves = [Half::default(), Half::default()];
+        for param in &mut *params {
+            let half = &mut halves[param.destination.dtype as usize];
+            param.offset = half.numel;
+            half.numel += param.destination.numel;
+        }
+        for (half, dtype) in halves.iter_mut().zip(DTYPES) {
+            half.create(py, dtype, &config, |key| key.is_used(&config))?;
+        }
+        let group = Group {
+            snapshot,
+            objects,
+            config,
+            range: first..first + params.len(),
+            halves,
+            is_contiguous,
+            has_empty: params.iter().any(|param| param.destination.numel == 0),
+            is_flat: false,
+        };
+        group.place(params);
+        Ok(group)
+    }
+
+    /// Creates the state that is wanted and not there yet.
     pub fn create(
         &mut self,
         py: Python<'_>,
         params: &mut [Param],
+        guard: &mut Guard,
         config: &Config,
         is_wanted: impl Fn(StateKey, DType) -> bool,
-    ) -> PyResult<bool> {
-        let mut has_created = false;
+    ) -> PyResult<()> {
         for (half, dtype) in self.halves.iter_mut().zip(DTYPES) {
-            has_created |= half.create(py, dtype, config, |key| is_wanted(key, dtype))?;
+            if half.create(py, dtype, config, |key| is_wanted(key, dtype))? {
+                let addresses = half.addresses();
+                place(&mut params[self.range.clone()], dtype, addresses);
+                guard.forget();
+            }
         }
-        if has_created {
-            self.place(params);
-        }
-        Ok(has_created)
+        Ok(())
     }
 
-    /// Tells the parameters where their state is.
-    pub fn place(&self, params: &mut [Param]) {
-        for param in &mut params[self.range.clone()] {
-            let dtype = param.destination.dtype;
-            let start = param.offset * dtype.size();
-            let addresses = self.halves[dtype as usize].addresses();
-            param.state = addresses.map(|data| if data == 0 { 0 } else { data + start });
+    /// Tells its parameters where their state is.
+    fn place(&self, params: &mut [Param]) {
+        for (half, dtype) in self.halves.iter().zip(DTYPES) {
+            place(params, dtype, half.addresses());
         }
     }
 
@@ -161,6 +196,7 @@ impl Group {
         };
         let steps = &steps[self.range.clone()];
         let is_flat = self.is_contiguous
+            && !self.has_empty
             && self.halves.iter().all(is_whole)
             && (!self.config.bias_correction || steps.iter().all(|&step| step == steps[0]));
         if is_flat && !self.is_flat {
@@ -206,76 +242,102 @@ pub(crate) fn state_spans(groups: &[Group]) -> Vec<StateSpan> {
     spans
 }
 
-/// Moves parameters into flat buffers, and their gradients too if all have one that fits.
-pub(crate) fn flatten(
-    py: Python<'_>,
-    params: &mut [Param],
-    first: usize,
-    halves: &mut [Half; 2],
-) -> PyResult<()> {
-    let copyto = py
-        .import(intern!(py, "numpy"))?
-        .getattr(intern!(py, "copyto"))?;
-    let mut slots = Vec::new();
-    for (half, dtype) in halves
+/// Tells the parameters of a type where their state is, of whose buffers these are the addresses.
+fn place(params: &mut [Param], dtype: DType, addresses: [usize; 3]) {
+    for param in params
         .iter_mut()
-        .zip(DTYPES)
-        .filter(|(half, _)| half.numel > 0)
+        .filter(|param| param.destination.dtype == dtype)
     {
+        let start = param.offset * dtype.size();
+        param.state = addresses.map(|data| if data == 0 { 0 } else { data + start });
+    }
+}
+
+/// Moves the parameters of the groups that want it into flat buffers, and their gradients too if all
+/// of a type have one that fits. All or none.
+pub(crate) fn flatten(py: Python<'_>, groups: &mut [Group], params: &mut [Param]) -> PyResult<()> {
+    let mut flats = Vec::new();
+    for group in groups.iter().filter(|group| group.is_contiguous) {
+        let params = &params[group.range.clone()];
+        let [f32, f64] = DTYPES.map(|dtype| Flat::new(py, dtype, params));
+        flats.push([f32?, f64?]);
+    }
+    for (group, flats) in groups
+        .iter_mut()
+        .filter(|group| group.is_contiguous)
+        .zip(flats)
+    {
+        for (half, flat) in group.halves.iter_mut().zip(flats) {
+            let Some((flat, homes)) = flat else { continue };
+            for (parameter, home) in homes {
+                parameter.get().settle(py, home);
+            }
+            half.flat = Some(flat);
+        }
+        for index in group.range.clone() {
+            params[index].refresh(py, index, &mut Vec::new())?;
+        }
+    }
+    Ok(())
+}
+
+impl Flat {
+    /// Buffers for the parameters of a type, filled, and the place of each parameter in them; None if
+    /// there is no element.
+    fn new(py: Python<'_>, dtype: DType, params: &[Param]) -> PyResult<Option<(Flat, Homes)>> {
         let members = || {
             params
                 .iter()
                 .filter(|param| param.destination.dtype == dtype)
         };
-        let parameter = |param: &Param| match &param.source {
-            Source::Parameter(parameter) => Some(parameter.clone_ref(py)),
-            _ => None,
+        let numel = members().map(|param| param.destination.numel).sum();
+        if numel == 0 {
+            return Ok(None);
+        }
+        let data = Buffer::new(py, dtype, numel, 0.0)?;
+        let grads: Option<Vec<_>> = members().map(|param| array_grad(py, param)).collect();
+        let grad = match &grads {
+            Some(_) => Some(Buffer::new(py, dtype, numel, 0.0)?),
+            None => None,
         };
-        let grad_of = |param: &Param| {
-            let grad = parameter(param)?.get().grad(py)?;
-            let tensor = read_gradient(&grad, &mut Vec::new()).ok()?;
-            Gradient::new(&tensor, &param.destination).ok()?;
-            grad.cast_into::<PyUntypedArray>().ok()
-        };
-        let data = Buffer::new(py, dtype, half.numel, 0.0)?;
-        let has_grads = members().all(|param| grad_of(param).is_some());
-        let grad = has_grads
-            .then(|| Buffer::new(py, dtype, half.numel, 0.0))
-            .transpose()?;
         let strays = Arc::new(AtomicUsize::new(0));
-        for param in members() {
-            let Some(parameter) = parameter(param) else {
+        let mut homes = Vec::new();
+        for (k, param) in members().enumerate() {
+            let Source::Parameter(parameter) = &param.source else {
                 continue;
             };
-            let view = |buffer: &Buffer| {
-                buffer.view(
-                    py,
-                    param.offset,
-                    &param.destination.shape,
-                    param.destination.state_strides(),
-                )
+            let Destination { shape, .. } = &param.destination;
+            let strides = param.destination.state_strides();
+            let settle = |buffer: &Buffer, array: &Bound<'_, PyUntypedArray>| {
+                let home = buffer.view(py, param.offset, shape, strides)?;
+                home.set_item(py.Ellipsis(), array)?;
+                PyResult::Ok(home.unbind())
             };
-            let home = view(&data)?;
-            copyto.call1((&home, parameter.get().data(py)))?;
-            let mut grad_home = None;
-            if let Some(grad) = &grad {
-                let home = view(grad)?;
-                copyto.call1((&home, grad_of(param)))?;
-                grad_home = Some(home.into_any().unbind());
-            }
-            let grad = grad_home.or_else(|| parameter.get().grad(py).map(Bound::unbind));
-            slots.push((
-                parameter,
-                Slot::new(home.unbind(), grad, Arc::clone(&strays)),
-            ));
+            let home = settle(&data, &parameter.get().data(py))?;
+            let grad_home = match (&grad, &grads) {
+                (Some(grad), Some(grads)) => Some(settle(grad, &grads[k])?.into_any()),
+                _ => parameter.get().grad(py).map(Bound::unbind),
+            };
+            let slot = Slot::new(home, grad_home, Arc::clone(&strays));
+            homes.push((parameter.clone_ref(py), slot));
         }
-        half.flat = Some(Flat { data, grad, strays });
+        Ok(Some((Flat { data, grad, strays }, homes)))
     }
-    for (parameter, slot) in slots {
-        parameter.get().settle(py, slot);
-    }
-    for (k, param) in params.iter_mut().enumerate() {
-        param.refresh(py, first + k, &mut Vec::new())?;
-    }
-    Ok(())
+}
+
+/// Parameters and where they go.
+type Homes = Vec<(Py<Parameter>, Slot)>;
+
+/// The gradient of a parameter, if it is an array that fits.
+fn array_grad<'py>(py: Python<'py>, param: &Param) -> Option<Bound<'py, PyUntypedArray>> {
+    let Source::Parameter(parameter) = &param.source else {
+        return None;
+    };
+    let grad = parameter
+        .get()
+        .grad(py)?
+        .cast_into::<PyUntypedArray>()
+        .ok()?;
+    Gradient::new(&Tensor::of_array(&grad).ok()?, &param.destination).ok()?;
+    Some(grad)
 }

@@ -4,12 +4,13 @@ use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyTuple};
+use pyo3::types::{PyDict, PyInt, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::step::{Grads, Inner};
-use super::tensor::work::{Guard, Param};
-use super::tensor::{Buffer, DType, Gradient, Refusal, read_gradient};
+use super::options::not_a_number;
+use super::step::{Grads, Inner, NewGroup};
+use super::tensor::work::{Guard, Incoming, Param};
+use super::tensor::{Buffer, Refusal};
 use super::turn::Turns;
 use crate::config::{Nonfinite, validate_max_grad_norm};
 use crate::kernel::batch::Storage;
@@ -109,14 +110,16 @@ impl Optimizer {
 
     #[setter(param_groups)]
     fn set_param_groups(&self, groups: Bound<'_, PyList>) {
-        *self
+        let mut place = self
             .param_groups
             .lock()
-            .unwrap_or_else(PoisonError::into_inner) = groups.unbind();
+            .unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *place, groups.unbind());
+        // Dropping it may run Python code that comes back here.
+        drop(place);
+        drop(old);
     }
 
-    /// step(closure=None, *, grads=None) --
-    ///
     /// Updates every parameter that has a gradient, in place, by the rule in `rmsprop`'s
     /// documentation.
     ///
@@ -149,17 +152,17 @@ impl Optimizer {
         Ok(value.map(Bound::unbind))
     }
 
-    /// Reads a group that has every option and a tuple of parameters, checks it whole, and adds it.
-    fn _add_group(
-        &self,
-        py: Python<'_>,
-        group: &Bound<'_, PyDict>,
-        names: Vec<Option<String>>,
-    ) -> PyResult<()> {
-        let groups = self.groups(py);
-        let mut turn = self.contents.wait(py)?;
-        turn.add_group(py, group, names)?;
-        groups.append(group)
+    /// Adds groups, all or none: dicts that have every option and a tuple of parameters, and the
+    /// names of these.
+    fn _add_groups(&self, py: Python<'_>, groups: Vec<NewGroup<'_>>) -> PyResult<()> {
+        let list = self.groups(py);
+        self.contents.wait(py)?.add_groups(py, &groups)?;
+        groups.iter().try_for_each(|(group, _)| list.append(group))
+    }
+
+    /// The group of a parameter.
+    fn _group_index(&self, py: Python<'_>, index: usize) -> PyResult<usize> {
+        Ok(self.contents.wait(py)?.locate(index)?.0)
     }
 
     /// The names of a parameter's state arrays.
@@ -223,10 +226,13 @@ impl Optimizer {
             let message = format!("{}: expected step or one of {names}", culprit());
             return Err(PyValueError::new_err(message));
         }
-        let refused = read_gradient(value, &mut Vec::new())
-            .and_then(|tensor| Gradient::new(&tensor, &param.destination));
+        let refused = Incoming::of(value).and_then(|value| value.gradient(py, &param.destination));
         match refused {
-            Ok(_) => Ok(()),
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(PyValueError::new_err(format!(
+                "{}: expected an array, got None",
+                culprit()
+            ))),
             // State is data, not an argument: also the wrong type is a ValueError.
             Err(Refusal::Type(wanted, found)) => Err(Refusal::Value(wanted, found).at(culprit())),
             Err(refusal) => Err(refusal.at(culprit())),
@@ -244,11 +250,8 @@ impl Optimizer {
             ..
         } = &mut *turn;
         let config = groups[group].config.clone();
-        let is_wanted = |other: StateKey, of: DType| other.name() == key && of == dtype;
-        if groups[group].create(py, params, &config, is_wanted)? {
-            guard.forget();
-        }
-        Ok(())
+        let is_wanted = |other: StateKey, of| other.name() == key && of == dtype;
+        groups[group].create(py, params, guard, &config, is_wanted)
     }
 
     /// How often a parameter was updated.
@@ -282,15 +285,8 @@ impl Optimizer {
         let max_grad_norm = match value.is_none() {
             true => None,
             false => {
-                let wrong = || {
-                    let found = value
-                        .repr()
-                        .map_or_else(|_| String::new(), |repr| repr.to_string());
-                    PyTypeError::new_err(format!(
-                        "max_grad_norm: expected a number or None, got {found}"
-                    ))
-                };
-                let number: f64 = value.extract().map_err(|_| wrong())?;
+                let wrong = |error| not_a_number(error, "max_grad_norm", "", value);
+                let number: f64 = value.extract().map_err(wrong)?;
                 validate_max_grad_norm(number)?;
                 Some(number)
             }
@@ -383,14 +379,16 @@ pub(crate) fn default_threads() -> PyResult<usize> {
 }
 
 fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<usize> {
-    let found = value.repr()?;
-    let number: i64 = value.extract().map_err(|_| {
-        PyTypeError::new_err(format!("threads: expected an integer or None, got {found}"))
-    })?;
-    match usize::try_from(number) {
-        Ok(threads) if threads >= 1 => Ok(threads),
-        _ => Err(PyValueError::new_err(format!(
-            "threads: expected a number >= 1, got {found}"
-        ))),
+    let refuse =
+        |wanted: &str| PyResult::Ok(format!("threads: expected {wanted}, got {}", value.repr()?));
+    if !value.is_instance_of::<PyInt>() && !value.hasattr("__index__")? {
+        return Err(PyTypeError::new_err(refuse("an integer or None")?));
+    }
+    match value.extract::<i64>().map(usize::try_from) {
+        Ok(Ok(threads)) if threads >= 1 => Ok(threads),
+        Ok(_) => Err(PyValueError::new_err(refuse("a number >= 1")?)),
+        Err(_) => Err(PyValueError::new_err(
+            "threads: expected a number that fits, got a larger one",
+        )),
     }
 }

@@ -1,6 +1,6 @@
 //! The options of a parameter group, read from its dict at every step.
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyTuple};
@@ -43,7 +43,7 @@ pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Co
         let value = get(key)?;
         value
             .extract()
-            .map_err(|_| wrong_type(key, place, "a number", &value))
+            .map_err(|error| not_a_number(error, key, place, &value))
     };
     let flag = |key: &str| -> PyResult<bool> {
         let value = get(key)?;
@@ -86,6 +86,24 @@ pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Co
         }
         result => Ok(result.map(|()| config)?),
     }
+}
+
+/// The error for a value that is no number, or no f64.
+pub(crate) fn not_a_number(
+    error: PyErr,
+    key: &str,
+    place: &str,
+    value: &Bound<'_, PyAny>,
+) -> PyErr {
+    if error.is_instance_of::<PyTypeError>(value.py()) {
+        return wrong_type(key, place, "a number", value);
+    }
+    if error.is_instance_of::<PyOverflowError>(value.py()) {
+        return PyValueError::new_err(format!(
+            "{key}{place}: expected a finite number, got a larger one"
+        ));
+    }
+    error
 }
 
 fn wrong_type(key: &str, place: &str, wanted: &str, value: &Bound<'_, PyAny>) -> PyErr {

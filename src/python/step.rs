@@ -1,5 +1,7 @@
 //! A step over Python's arrays: convert, check, release the GIL, call, count.
 
+use std::collections::HashMap;
+
 use pyo3::exceptions::{
     PyAttributeError, PyFloatingPointError, PyIndexError, PyKeyError, PyTypeError, PyValueError,
 };
@@ -7,16 +9,20 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 
-use super::group::{DTYPES, Group, Half, flatten, state_spans};
+use super::group::{Group, flatten, state_spans};
 use super::options::{Snapshot, config_of, is_contiguous};
 use super::tensor::work::{Guard, Incoming, Param, Work, assemble};
 use super::tensor::{DType, Source, is_same};
 use crate::kernel::batch::Storage;
 use crate::optimizer::{Clipping, Gradients, Outcome};
+use crate::state::StateKey;
 
 /// Bytes that a step reads and writes from which on it releases the GIL: some 30 µs of work. The
 /// references that it must hold while other threads run cost 5 ns a tensor.
 const DETACH_BYTES: usize = 4 << 20;
+
+/// A group that is to be added: its dict, and the names of its parameters.
+pub(crate) type NewGroup<'py> = (Bound<'py, PyDict>, Vec<Option<String>>);
 
 /// What an optimizer holds.
 pub(crate) struct Inner {
@@ -99,9 +105,16 @@ impl<'py> Grads<'py> {
     #[inline]
     fn of(&self, py: Python<'py>, param: &Param, index: usize) -> PyResult<Bound<'py, PyAny>> {
         match self {
-            Grads::List(list) => list.get_item(index),
+            Grads::List(list) => list.get_item(index).map_err(|_| {
+                PyValueError::new_err(
+                    "grads: expected a list that stays as it is, got a shorter one",
+                )
+            }),
             Grads::Tuple(tuple) => tuple.get_item(index),
-            Grads::Mapping(mapping) => mapping.get_item(&param.name).map_err(|_| {
+            Grads::Mapping(mapping) => mapping.get_item(&param.name).map_err(|error| {
+                if !error.is_instance_of::<PyKeyError>(py) {
+                    return error;
+                }
                 let culprit = param.culprit("gradient", index);
                 let message =
                     format!("{culprit}: expected an array or None, got no entry in grads");
@@ -194,6 +207,10 @@ impl Inner {
             f64: f64.open(),
         };
         let spans = || state_spans(groups);
+        let check = || {
+            let mut groups = groups.iter().enumerate();
+            groups.try_for_each(|(index, group)| group.check_buffers(py, index))
+        };
         assemble(
             py,
             params,
@@ -202,6 +219,7 @@ impl Inner {
             groups.iter().map(Group::work),
             guard,
             spans,
+            check,
             &mut capsules,
             &mut work,
         )?;
@@ -232,7 +250,6 @@ impl Inner {
             py.detach(run)
         };
         drop(capsules);
-        self.last_grad_norm = verdict.norm;
         match verdict.outcome {
             Outcome::Update { .. } => self.count_steps(),
             Outcome::Skip => self.skipped_steps += 1,
@@ -242,6 +259,7 @@ impl Inner {
                 found,
             } => return Err(self.blame(index, element, found)),
         }
+        self.last_grad_norm = verdict.norm;
         Ok(())
     }
 
@@ -265,7 +283,6 @@ impl Inner {
             if !self.groups[index].snapshot.is_current(dict) {
                 self.read_group(py, index, dict)?;
             }
-            self.groups[index].check_buffers(py, index)?;
         }
         Ok(())
     }
@@ -278,6 +295,8 @@ impl Inner {
         dict: &Bound<'_, PyDict>,
     ) -> PyResult<()> {
         let place = format!(" of group {index}");
+        // Before reading: what runs meanwhile might change the dict.
+        let snapshot = Snapshot::new(dict);
         let config = config_of(dict, &place)?;
         let is_contiguous = is_contiguous(dict)?;
         let group = &mut self.groups[index];
@@ -295,11 +314,10 @@ impl Inner {
             self.rebind(py, index, &objects)?;
         }
         let group = &mut self.groups[index];
-        if group.create(py, &mut self.params, &config, |key, _| key.is_used(&config))? {
-            self.guard.forget();
-        }
+        let is_wanted = |key: StateKey, _| key.is_used(&config);
+        group.create(py, &mut self.params, &mut self.guard, &config, is_wanted)?;
         group.config = config;
-        group.snapshot = Snapshot::new(dict);
+        group.snapshot = snapshot;
         Ok(())
     }
 
@@ -344,7 +362,6 @@ impl Inner {
             steps,
             guard,
             incoming,
-            keep,
             ..
         } = self;
         grads.check(params)?;
@@ -359,7 +376,7 @@ impl Inner {
             for index in group.range.clone() {
                 let param = &params[index];
                 let object = grads.of(py, param, index)?;
-                incoming[index] = Incoming::new(object, keep, param, index)?;
+                incoming[index] = Incoming::new(object, param, index)?;
             }
         }
         Ok(())
@@ -380,12 +397,14 @@ impl Inner {
         for group in &self.groups {
             let steps = &mut self.steps[group.range.clone()];
             match group.is_flat {
-                true => steps.iter_mut().for_each(|step| *step += 1),
+                true => steps
+                    .iter_mut()
+                    .for_each(|step| *step = step.saturating_add(1)),
                 false => {
                     for (step, gradient) in
                         steps.iter_mut().zip(&self.incoming[group.range.clone()])
                     {
-                        *step += u64::from(gradient.is_some());
+                        *step = step.saturating_add(u64::from(gradient.is_some()));
                     }
                 }
             }
@@ -410,124 +429,103 @@ impl Inner {
         ))
     }
 
-    pub fn add_group(
-        &mut self,
-        py: Python<'_>,
-        dict: &Bound<'_, PyDict>,
-        names: Vec<Option<String>>,
-    ) -> PyResult<()> {
-        let index = self.groups.len();
-        let config = config_of(dict, &format!(" of group {index}"))?;
-        let is_contiguous = is_contiguous(dict)?;
-        let objects = dict
-            .get_item(intern!(py, "params"))?
-            .ok_or_else(|| PyKeyError::new_err("params"))?;
-        let objects = objects.cast_into::<PyTuple>()?;
-        let first = self.params.len();
-        let added = self
-            .add_params(&objects, names, is_contiguous)
-            .and_then(|()| {
-                let mut halves = [Half::default(), Half::default()];
-                for param in &mut self.params[first..] {
-                    let half = &mut halves[param.destination.dtype as usize];
-                    param.offset = half.numel;
-                    half.numel += param.destination.numel;
-                }
-                for (half, dtype) in halves.iter_mut().zip(DTYPES) {
-                    half.create(py, dtype, &config, |key| key.is_used(&config))?;
-                }
-                if is_contiguous {
-                    flatten(py, &mut self.params[first..], first, &mut halves)?;
-                }
-                Ok(halves)
-            });
+    /// Adds groups, all or none: dicts that have every option and a tuple of parameters, and the
+    /// names of these.
+    pub fn add_groups(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
+        let (first_group, first) = (self.groups.len(), self.params.len());
+        let added = self.add_groups_or_fail(py, groups);
+        // What was added may have moved, or be gone again.
         self.guard.forget();
-        match added {
-            Ok(halves) => {
-                let range = first..self.params.len();
-                self.steps.resize(range.end, 0);
-                self.incoming.resize_with(range.end, Incoming::default);
-                let snapshot = Snapshot::new(dict);
-                let objects = objects.unbind();
-                self.groups.push(Group {
-                    snapshot,
-                    objects,
-                    config,
-                    range,
-                    halves,
-                    is_contiguous,
-                    is_flat: false,
-                });
-                if let Some(group) = self.groups.last() {
-                    group.place(&mut self.params);
-                }
-                Ok(())
-            }
-            Err(error) => {
-                self.params.truncate(first);
-                Err(error)
-            }
+        if added.is_err() {
+            self.groups.truncate(first_group);
+            self.params.truncate(first);
         }
+        self.steps.resize(self.params.len(), 0);
+        self.incoming
+            .resize_with(self.params.len(), Incoming::default);
+        added
+    }
+
+    fn add_groups_or_fail(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
+        let first = self.groups.len();
+        for (dict, names) in groups {
+            let place = format!(" of group {}", self.groups.len());
+            let snapshot = Snapshot::new(dict);
+            let config = config_of(dict, &place)?;
+            let is_contiguous = is_contiguous(dict)?;
+            let missing = || PyValueError::new_err(format!("params{place}: expected a tuple"));
+            let objects = dict.get_item(intern!(py, "params"))?.ok_or_else(missing)?;
+            let objects = objects.cast_into::<PyTuple>()?;
+            let start = self.params.len();
+            self.add_params(&objects, names, is_contiguous)?;
+            let params = &mut self.params[start..];
+            let group = Group::new(
+                py,
+                snapshot,
+                objects.unbind(),
+                config,
+                is_contiguous,
+                start,
+                params,
+            )?;
+            self.groups.push(group);
+        }
+        // The others may have moved since they were last looked at.
+        for param in &mut self.params {
+            param.follow(py);
+        }
+        self.guard.forget();
+        let spans = || state_spans(&self.groups);
+        self.guard.check(&mut self.params, spans)?;
+        flatten(py, &mut self.groups[first..], &mut self.params)
     }
 
     fn add_params(
         &mut self,
         objects: &Bound<'_, PyTuple>,
-        names: Vec<Option<String>>,
+        names: &[Option<String>],
         is_contiguous: bool,
     ) -> PyResult<()> {
+        let addresses = self
+            .params
+            .iter()
+            .map(|param| param.object.as_ptr() as usize);
+        let mut addresses: HashMap<usize, usize> = addresses.zip(0..).collect();
+        let taken = self.params.iter().enumerate();
+        let taken = taken.filter_map(|(index, param)| Some((param.name.clone()?, index)));
+        let mut taken: HashMap<String, usize> = taken.collect();
         for (object, name) in objects.iter().zip(names) {
             let index = self.params.len();
-            let param = Param::new(&object, name, index)?;
-            if let Some(twin) = self
-                .params
-                .iter()
-                .position(|other| is_same(&object, &other.object))
-            {
-                let (twin, param) = (
-                    self.params[twin].culprit("parameter", twin),
-                    param.culprit("parameter", index),
-                );
-                let message = format!(
-                    "{param} overlaps {twin}: expected each parameter once, got the same object"
-                );
-                return Err(PyValueError::new_err(message));
+            let param = Param::new(&object, name.clone(), index)?;
+            let refuse = |wanted: &str| {
+                let culprit = param.culprit("parameter", index);
+                Err(PyValueError::new_err(format!("{culprit}{wanted}")))
+            };
+            if let Some(&twin) = addresses.get(&(object.as_ptr() as usize)) {
+                let twin = self.params[twin].culprit("parameter", twin);
+                return refuse(&format!(
+                    " overlaps {twin}: expected each parameter once, got the same object"
+                ));
             }
-            if let Some(other) = self.params.first()
-                && other.name.is_some() != param.name.is_some()
-            {
-                let message = "expected names for all parameters or for none";
-                return Err(PyValueError::new_err(format!(
-                    "{}: {message}",
-                    param.culprit("parameter", index)
-                )));
+            if (self.params.first()).is_some_and(|other| other.name.is_some() != name.is_some()) {
+                return refuse(": expected names for all parameters or for none");
             }
-            if let Some(twin) = self
-                .params
-                .iter()
-                .position(|other| param.name.is_some() && other.name == param.name)
-            {
-                let param = param.culprit("parameter", index);
-                return Err(PyValueError::new_err(format!(
-                    "{param}: expected a name of its own, got that of parameter {twin}"
-                )));
+            if let Some(twin) = name.as_ref().and_then(|name| taken.get(name)) {
+                return refuse(&format!(
+                    ": expected a name of its own, got that of parameter {twin}"
+                ));
             }
             if is_contiguous && !matches!(param.source, Source::Parameter(_)) {
-                let (param, class) = (param.culprit("parameter", index), object.get_type().name()?);
-                let wanted = "expected, with contiguous_params, a Parameter, which can be moved";
-                return Err(PyValueError::new_err(format!(
-                    "{param}: {wanted}, got {class}"
-                )));
+                let class = object.get_type().name()?;
+                return refuse(&format!(
+                    ": expected, with contiguous_params, a Parameter, which can be moved, got {class}"
+                ));
             }
+            addresses.insert(object.as_ptr() as usize, index);
+            taken.extend(name.clone().map(|name| (name, index)));
             self.params.push(param);
         }
-        // The others may have moved since they were last looked at.
-        self.params.iter_mut().for_each(|param| {
-            param.follow(objects.py());
-        });
-        self.guard.forget();
-        let groups = &self.groups;
-        self.guard.check(&mut self.params, || state_spans(groups))
+        Ok(())
     }
 }
 

@@ -2,11 +2,10 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 
 /// Counts the forks that made this process.
 static FORKS: AtomicU32 = AtomicU32::new(0);
@@ -41,7 +40,7 @@ pub(crate) struct Turn<'a, T> {
     thread: &'a AtomicUsize,
 }
 
-impl<T> Turns<T> {
+impl<T: Send> Turns<T> {
     pub fn new(content: T) -> Self {
         Turns {
             content: Mutex::new(content),
@@ -53,10 +52,12 @@ impl<T> Turns<T> {
     /// Waits for a turn.
     #[inline]
     pub fn wait(&self, py: Python<'_>) -> PyResult<Turn<'_, T>> {
-        let content = match self.content.try_lock() {
-            Ok(content) => content,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => self.wait_detached(py)?,
+        let content = loop {
+            match self.content.try_lock() {
+                Ok(content) => break content,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => self.wait_detached(py)?,
+            }
         };
         self.thread.store(thread_token(), Ordering::Relaxed);
         self.forks
@@ -67,8 +68,10 @@ impl<T> Turns<T> {
         })
     }
 
+    /// Waits until it may be free. It is not taken here, where the GIL is not held: the garbage
+    /// collector looks at the content twice and must find it taken both times or neither.
     #[cold]
-    fn wait_detached(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, T>> {
+    fn wait_detached(&self, py: Python<'_>) -> PyResult<()> {
         if self.forks.load(Ordering::Relaxed) != FORKS.load(Ordering::Relaxed) {
             return Err(PyRuntimeError::new_err(
                 "expected an optimizer at rest, got one that another thread was stepping when this \
@@ -80,10 +83,8 @@ impl<T> Turns<T> {
                 "expected one step at a time, got a call on an optimizer from inside its own step",
             ));
         }
-        Ok(self
-            .content
-            .lock_py_attached(py)
-            .unwrap_or_else(PoisonError::into_inner))
+        py.detach(|| drop(self.content.lock()));
+        Ok(())
     }
 
     /// A turn if nobody else has one.

@@ -4,8 +4,11 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
 
-use pyo3::exceptions::{PyAttributeError, PyBufferError, PyTypeError};
+use pyo3::exceptions::{
+    PyAttributeError, PyBufferError, PyRuntimeError, PyTypeError, PyValueError,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType};
 use pyo3::{ffi, intern};
@@ -108,8 +111,21 @@ impl Exchange {
     /// own storage), so the class that defines it must be the object's own; `torch.nn.Parameter` is
     /// the one subclass known to be a plain tensor.
     pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
-        let py = object.py();
+        /// What was found out, by type; few types are ever seen. The lock is taken with the GIL held
+        /// and nothing that might give the GIL away is done under it.
+        static KNOWN: Mutex<Vec<(Py<PyType>, Option<Exchange>)>> = Mutex::new(Vec::new());
         let class = object.get_type();
+        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = known().iter().find(|(known, _)| known.is(&class)) {
+            return Ok(*found);
+        }
+        let found = Exchange::find(&class)?;
+        known().push((class.unbind(), found));
+        Ok(found)
+    }
+
+    fn find(class: &Bound<'_, PyType>) -> PyResult<Option<Exchange>> {
+        let py = class.py();
         let name = intern!(py, "__dlpack_c_exchange_api__");
         let Ok(capsule) = class.getattr(name) else {
             return Ok(None);
@@ -164,14 +180,36 @@ impl Exchange {
                 ));
             };
             if function(object.as_ptr().cast(), raw.as_mut_ptr()) != 0 {
-                // torch appends where in its sources it was: the first line says it all.
-                let error = PyErr::fetch(object.py()).value(object.py()).to_string();
-                let found = error.lines().next().unwrap_or_default().to_owned();
-                return Err(Refusal::Type("a dense tensor in host memory".into(), found));
+                return Err(unreadable(object));
             }
             import(raw.assume_init_ref(), Access::Writable)
         }
     }
+}
+
+/// Why the exchange API could not read a tensor.
+#[cold]
+fn unreadable(object: &Bound<'_, PyAny>) -> Refusal {
+    let py = object.py();
+    let error = PyErr::fetch(py);
+    // A tensor without storage (torch's "meta" among others) says so by its device.
+    let device = object
+        .getattr(intern!(py, "device"))
+        .map(|device| device.to_string());
+    match device {
+        Ok(device) if !device.starts_with("cpu") => {
+            Refusal::Value("an array in host memory".into(), device)
+        }
+        _ => {
+            let found = first_line(&error.value(py).to_string());
+            Refusal::Type("a dense tensor in host memory".into(), found)
+        }
+    }
+}
+
+/// torch appends to a message where in its sources it was.
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 /// What a capsule managed; released when dropped.
@@ -213,7 +251,8 @@ pub(crate) fn import_object(object: &Bound<'_, PyAny>) -> Result<Option<Tensor>,
         return Ok(None);
     };
     if let Ok(device) = object.call_method0(intern!(py, "__dlpack_device__")) {
-        let (kind, id) = device.extract::<(i32, i32)>()?;
+        let wrong = || Refusal::Type("a DLPack device".into(), super::class_name(&device));
+        let (kind, id) = device.extract::<(i32, i32)>().map_err(|_| wrong())?;
         check_device(Device { kind, id })?;
     }
     let keywords = PyDict::new(py);
@@ -224,12 +263,19 @@ pub(crate) fn import_object(object: &Bound<'_, PyAny>) -> Result<Option<Tensor>,
         Err(error) if error.is_instance_of::<PyTypeError>(py) => method.call0(),
         result => result,
     };
-    let capsule = capsule.map_err(|error| match error.is_instance_of::<PyBufferError>(py) {
-        true => Refusal::Value(
-            "an array that can be exported".into(),
-            error.value(py).to_string(),
-        ),
-        false => Refusal::Python(error),
+    let capsule = capsule.map_err(|error| {
+        let wanted = "an array that exports its memory";
+        let found = || first_line(&error.value(py).to_string());
+        match () {
+            _ if error.is_instance_of::<PyTypeError>(py) => Refusal::Type(wanted.into(), found()),
+            _ if error.is_instance_of::<PyBufferError>(py)
+                || error.is_instance_of::<PyValueError>(py)
+                || error.is_instance_of::<PyRuntimeError>(py) =>
+            {
+                Refusal::Value(wanted.into(), found())
+            }
+            _ => Refusal::Python(error),
+        }
     })?;
     let capsule = capsule.cast_into::<PyCapsule>().map_err(|error| {
         let object = error.into_inner();
@@ -296,7 +342,11 @@ fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Tensor, Refusal> {
 /// `raw` is filled in as the specification says, and its shape and strides are valid.
 unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
     check_device(raw.device)?;
-    let ndim = usize::try_from(raw.ndim).unwrap_or(0);
+    let bad = || {
+        let found = "a DLPack tensor with an impossible shape";
+        Refusal::Value("a tensor that fits in memory".into(), found.into())
+    };
+    let ndim = usize::try_from(raw.ndim).map_err(|_| bad())?;
     // SAFETY: by the contract above; a tensor without dimensions may have null for both.
     let (shape, strides) = unsafe {
         let slice =
@@ -304,12 +354,6 @@ unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
         (slice(raw.shape).unwrap_or_default(), slice(raw.strides))
     };
     let shape: Option<Vec<usize>> = shape.iter().map(|&len| usize::try_from(len).ok()).collect();
-    let bad = || {
-        Refusal::Value(
-            "a tensor that fits in memory".into(),
-            "a DLPack tensor with an impossible shape".into(),
-        )
-    };
     let shape = shape.filter(|shape| shape.len() == ndim).ok_or_else(bad)?;
     let dtype = match raw.dtype {
         DataType {
@@ -324,18 +368,20 @@ unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
         } => DType::F64,
         other => return Err(Refusal::dtype(&type_name(other), &shape)),
     };
-    let numel = shape
-        .iter()
-        .try_fold(1usize, |numel, &len| numel.checked_mul(len))
-        .ok_or_else(bad)?;
-    numel
-        .checked_mul(dtype.size())
-        .filter(|&bytes| bytes <= isize::MAX as usize)
-        .ok_or_else(bad)?;
+    let numel = match shape.contains(&0) {
+        true => Some(0),
+        false => shape
+            .iter()
+            .try_fold(1usize, |numel, &len| numel.checked_mul(len)),
+    };
+    let numel = numel.ok_or_else(bad)?;
+    let bytes = numel.checked_mul(dtype.size()).ok_or_else(bad)?;
+    isize::try_from(bytes).map_err(|_| bad())?;
+    let size = dtype.size() as isize;
     let strides = match strides {
         Some(strides) => strides
             .iter()
-            .map(|&stride| stride as isize * dtype.size() as isize)
+            .map(|&stride| (stride as isize).wrapping_mul(size))
             .collect(),
         None => super::c_strides(&shape, dtype),
     };
@@ -355,6 +401,8 @@ unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
         strides,
         access,
         is_aligned,
+        header: None,
+        descr: None,
         managed: None,
     })
 }

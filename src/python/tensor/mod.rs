@@ -12,8 +12,8 @@ use numpy::npyffi::{
     NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE,
     NPY_TYPES,
 };
-use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyMemoryView, PySlice, PyTuple};
@@ -55,6 +55,10 @@ pub(crate) struct Tensor {
     pub strides: Vec<isize>,
     pub access: Access,
     pub is_aligned: bool,
+    /// Of a NumPy array.
+    pub header: Option<Header>,
+    /// What the header's address of the dtype belongs to: another one must not get that address.
+    pub descr: Option<Py<PyArrayDescr>>,
     /// Keeps the memory of a capsule.
     pub managed: Option<Managed>,
 }
@@ -188,7 +192,9 @@ impl Tensor {
                 0 => Access::ReadOnly,
                 _ => Access::Writable,
             },
-            is_aligned: header.flags & NPY_ARRAY_ALIGNED != 0,
+            is_aligned: header.is_aligned(),
+            header: Some(header),
+            descr: Some(descr.unbind()),
             managed: None,
         })
     }
@@ -212,6 +218,46 @@ impl Tensor {
             ));
         }
         Ok(())
+    }
+
+    /// That no two of its indices are the same element.
+    pub fn check_apart(&self) -> Result<(), Refusal> {
+        if self.is_dense() || !self.extent().overlaps_itself()? {
+            return Ok(());
+        }
+        let found = format!("{} whose elements overlap", self.describe());
+        Err(Refusal::Value(
+            "an array whose elements do not overlap".into(),
+            found,
+        ))
+    }
+
+    fn extent(&self) -> overlap::Extent<'_> {
+        let Tensor {
+            data,
+            shape,
+            strides,
+            dtype,
+            ..
+        } = self;
+        overlap::Extent {
+            data: *data,
+            shape,
+            strides,
+            size: dtype.size(),
+        }
+    }
+}
+
+impl From<overlap::OutOfMemory> for Refusal {
+    fn from(_: overlap::OutOfMemory) -> Self {
+        Refusal::Python(overlap::OutOfMemory.into())
+    }
+}
+
+impl From<overlap::OutOfMemory> for PyErr {
+    fn from(_: overlap::OutOfMemory) -> Self {
+        PyMemoryError::new_err("not enough memory to check whether arrays overlap")
     }
 }
 
@@ -243,6 +289,10 @@ impl Header {
     fn is_aligned(self) -> bool {
         self.flags & NPY_ARRAY_ALIGNED != 0
     }
+
+    fn is_writable(self) -> bool {
+        self.flags & NPY_ARRAY_WRITEABLE != 0
+    }
 }
 
 /// How a parameter's memory is found.
@@ -268,7 +318,6 @@ impl Source {
     }
 
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Source, Refusal> {
-        let py = object.py();
         if let Ok(parameter) = object.cast::<Parameter>() {
             return Ok(Source::Parameter(parameter.clone().unbind()));
         }
@@ -286,17 +335,7 @@ impl Source {
             return Ok(Source::Capsule(object.clone().unbind()));
         }
         match PyMemoryView::from(object) {
-            Ok(view) => {
-                let array = py
-                    .import(intern!(py, "numpy"))?
-                    .call_method1(intern!(py, "asarray"), (view,))?;
-                Ok(Source::Array(
-                    array
-                        .cast_into::<PyUntypedArray>()
-                        .map_err(PyErr::from)?
-                        .unbind(),
-                ))
-            }
+            Ok(view) => Ok(Source::Array(as_array(&view)?.unbind())),
             Err(_) => Err(not_an_array(object)),
         }
     }
@@ -336,29 +375,17 @@ impl Source {
     }
 }
 
-/// Reads a gradient: whatever a parameter may be, read-only or in a legacy capsule too, or a NumPy
-/// scalar (which is what NumPy's reductions return for a parameter without dimensions). What keeps
-/// the memory is pushed to `keep`.
-pub(crate) fn read_gradient(
-    object: &Bound<'_, PyAny>,
-    keep: &mut Vec<Py<PyAny>>,
-) -> Result<Tensor, Refusal> {
-    let py = object.py();
-    if is_scalar(object)? {
-        let array = py
-            .import(intern!(py, "numpy"))?
-            .call_method1(intern!(py, "asarray"), (object,))?;
-        keep.push(array.clone().unbind());
-        return Tensor::of_array(array.cast::<PyUntypedArray>().map_err(PyErr::from)?);
-    }
-    let source = Source::of(object)?;
-    let tensor = source.read(py)?;
-    keep.push(match source {
-        Source::Array(array) => array.into_any(),
-        Source::Parameter(parameter) => parameter.get().data(py).into_any().unbind(),
-        Source::Exchange(object, _) | Source::Capsule(object) => object,
-    });
-    Ok(tensor)
+/// `numpy.asarray`.
+pub(crate) fn as_array<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let numpy = object.py().import(intern!(object.py(), "numpy"))?;
+    let array = numpy.call_method1(intern!(object.py(), "asarray"), (object,))?;
+    Ok(array.cast_into()?)
+}
+
+/// NumPy's scalars are buffers and would pass for arrays without dimensions.
+fn is_scalar(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let numpy = object.py().import(intern!(object.py(), "numpy"))?;
+    object.is_instance(&numpy.getattr(intern!(object.py(), "generic"))?)
 }
 
 fn not_an_array(object: &Bound<'_, PyAny>) -> Refusal {
@@ -383,15 +410,6 @@ fn check_sign(object: &Bound<'_, PyAny>) -> Result<(), Refusal> {
     }
 }
 
-/// NumPy's scalars are buffers and would pass for arrays without dimensions.
-fn is_scalar(object: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let py = object.py();
-    object.is_instance(
-        &py.import(intern!(py, "numpy"))?
-            .getattr(intern!(py, "generic"))?,
-    )
-}
-
 /// A parameter as a step sees it: where it is, and where its state is.
 pub(crate) struct Destination {
     pub data: usize,
@@ -405,12 +423,13 @@ pub(crate) struct Destination {
     state_strides: Vec<isize>,
     /// Dense and walked like its state.
     is_like_state: bool,
-    /// Of the NumPy array it was read from.
+    /// Of the NumPy array it was read from, and the dtype that it points to.
     header: Option<Header>,
+    descr: Option<Py<PyArrayDescr>>,
 }
 
 impl Destination {
-    pub fn new(tensor: &Tensor, header: Option<Header>) -> Self {
+    pub fn new(tensor: Tensor) -> Self {
         let is_dense = tensor.is_dense();
         let state_strides = match is_dense {
             true => tensor.strides.clone(),
@@ -421,12 +440,25 @@ impl Destination {
             dtype: tensor.dtype,
             shape: SmallVec::from_slice(&tensor.shape),
             numel: tensor.numel(),
-            strides: tensor.strides.clone(),
+            strides: tensor.strides,
             is_dense,
             state_strides,
             is_like_state: is_dense,
-            header,
+            header: tensor.header,
+            descr: tensor.descr,
         }
+    }
+
+    /// That an array has the parameter's type and shape.
+    pub fn check_like(&self, dtype: DType, shape: &[usize]) -> Result<(), Refusal> {
+        if dtype == self.dtype && shape == &self.shape[..] {
+            return Ok(());
+        }
+        let (wanted, found) = (self.describe(), describe(dtype, shape));
+        Err(match dtype == self.dtype {
+            true => Refusal::Value(wanted, found),
+            false => Refusal::Type(wanted, found),
+        })
     }
 
     /// Whether the array is still what it was.
@@ -438,14 +470,17 @@ impl Destination {
             && (header.is_contiguous_like(header) || array.strides() == self.strides)
     }
 
-    /// Takes note of where the parameter is now. Its type and shape must be the same.
-    pub fn move_to(&mut self, tensor: &Tensor, header: Option<Header>) {
-        self.data = tensor.data;
-        self.strides.clone_from(&tensor.strides);
+    /// Takes note of where the parameter is now; its type and shape are the same. True if it has
+    /// moved.
+    pub fn move_to(&mut self, tensor: Tensor) -> bool {
+        let has_moved = tensor.data != self.data || tensor.strides != self.strides;
         self.is_dense = tensor.is_dense();
+        self.data = tensor.data;
+        self.strides = tensor.strides;
+        (self.header, self.descr) = (tensor.header, tensor.descr);
         self.is_like_state =
             self.is_dense && is_same_walk(&self.shape, &self.strides, &self.state_strides);
-        self.header = header;
+        has_moved
     }
 
     pub fn describe(&self) -> String {
@@ -459,9 +494,10 @@ impl Destination {
             self.is_dense && is_same_walk(&self.shape, &self.strides, &self.state_strides);
     }
 
-    /// Is nowhere until it is read again.
-    fn forget(&mut self) {
-        (self.data, self.header) = (0, None);
+    /// Is nowhere until it is read again. True if it was somewhere.
+    fn forget(&mut self) -> bool {
+        self.header = None;
+        std::mem::take(&mut self.data) != 0
     }
 
     pub fn state_strides(&self) -> &[isize] {
@@ -501,13 +537,7 @@ pub(crate) struct Gradient {
 impl Gradient {
     /// Checks type and shape.
     pub fn new(tensor: &Tensor, destination: &Destination) -> Result<Self, Refusal> {
-        if tensor.dtype != destination.dtype || tensor.shape[..] != destination.shape[..] {
-            let wanted = describe(destination.dtype, &destination.shape);
-            return Err(match tensor.dtype == destination.dtype {
-                true => Refusal::Value(wanted, tensor.describe()),
-                false => Refusal::Type(wanted, tensor.describe()),
-            });
-        }
+        destination.check_like(tensor.dtype, &tensor.shape)?;
         let is_like = tensor.is_aligned
             && is_same_walk(&destination.shape, &tensor.strides, &destination.strides);
         let strides = (!is_like).then(|| tensor.strides.as_slice().into());

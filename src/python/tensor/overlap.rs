@@ -12,14 +12,51 @@ pub(crate) struct Extent<'a> {
 /// A stretch of bytes: start, end.
 type Run = (usize, usize);
 
+/// Stretches of memory that begin at `start` plus multiples of `pitch`: `a[::2]`, a column.
+struct Comb {
+    start: usize,
+    length: usize,
+    pitch: usize,
+}
+
+/// Whether combs of one pitch interleave without touching. False says nothing: they may still be
+/// apart, or be no combs.
+fn are_apart(combs: impl Iterator<Item = Option<Comb>>) -> bool {
+    let Some(combs) = combs.collect::<Option<Vec<_>>>() else {
+        return false;
+    };
+    let Some(&Comb {
+        start: origin,
+        pitch,
+        ..
+    }) = combs.first()
+    else {
+        return true;
+    };
+    if combs.iter().any(|comb| comb.pitch != pitch) {
+        return false;
+    }
+    let teeth = combs.iter().map(|comb| {
+        let place = (comb.start as isize).wrapping_sub(origin as isize);
+        (place.rem_euclid(pitch as isize) as usize, comb.length)
+    });
+    let mut teeth: Vec<(usize, usize)> = teeth.collect();
+    teeth.sort_unstable();
+    // Around the circle: the first one once more, a pitch later.
+    teeth.push((teeth[0].0 + pitch, 0));
+    teeth
+        .windows(2)
+        .all(|pair| pair[0].0 + pair[0].1 <= pair[1].0)
+}
+
 /// Not enough memory to tell.
 #[derive(Debug)]
 pub(crate) struct OutOfMemory;
 
 impl Extent<'_> {
-    /// The bytes from the first to the last element; `None` if there is no element.
+    /// The bytes from the first to the last element; `None` if there is no element, or nowhere.
     pub fn bounds(&self) -> Option<Run> {
-        if self.shape.contains(&0) {
+        if self.data == 0 || self.shape.contains(&0) {
             return None;
         }
         let (mut low, mut high) = (self.data, self.data + self.size);
@@ -33,41 +70,39 @@ impl Extent<'_> {
         Some((low, high))
     }
 
-    /// The stretches that the elements fill, in no order. A dimension of stride 0 adds nothing.
-    fn runs(&self, runs: &mut Vec<Run>) -> Result<(), OutOfMemory> {
-        if self.shape.contains(&0) {
-            return Ok(());
-        }
+    /// Its elements as stretches of one length, and the dimensions (length, stride) that repeat the
+    /// stretch, from the smallest stride. A dimension of stride 0 adds nothing and is left out.
+    fn stretches(&self) -> (usize, Vec<(usize, isize)>) {
         let dims = self.shape.iter().copied().zip(self.strides.iter().copied());
-        let mut dims: Vec<(usize, isize)> = dims
+        let mut dims: Vec<_> = dims
             .filter(|&(len, stride)| len > 1 && stride != 0)
             .collect();
         dims.sort_by_key(|&(_, stride)| stride.unsigned_abs());
         // The fastest dimensions, as long as they leave no gap, are one stretch.
         let mut length = self.size;
-        let gaps = dims
-            .iter()
-            .position(|&(len, stride)| {
-                let is_gap = stride != length as isize;
-                if !is_gap {
-                    length *= len;
-                }
-                is_gap
-            })
-            .unwrap_or(dims.len());
-        let rest = &dims[gaps..];
+        let mut gaps = 0;
+        while let Some(&(len, stride)) = dims.get(gaps).filter(|dim| dim.1 == length as isize) {
+            length = stride as usize * len;
+            gaps += 1;
+        }
+        (length, dims.split_off(gaps))
+    }
+
+    /// The stretches that the elements fill, in no order.
+    fn runs(&self, runs: &mut Vec<Run>) -> Result<(), OutOfMemory> {
+        if self.bounds().is_none() {
+            return Ok(());
+        }
+        let (length, rest) = self.stretches();
         let count = rest.iter().map(|&(len, _)| len).product::<usize>();
         runs.try_reserve(count).map_err(|_| OutOfMemory)?;
         let mut index = vec![0usize; rest.len()];
         for _ in 0..count {
-            let offset: isize = index
-                .iter()
-                .zip(rest)
-                .map(|(&i, &(_, stride))| stride * i as isize)
-                .sum();
+            let steps = index.iter().zip(&rest);
+            let offset: isize = steps.map(|(&i, &(_, stride))| stride * i as isize).sum();
             let start = self.data.wrapping_add_signed(offset);
             runs.push((start, start + length));
-            for (i, &(len, _)) in index.iter_mut().zip(rest) {
+            for (i, &(len, _)) in index.iter_mut().zip(&rest) {
                 *i += 1;
                 if *i < len {
                     break;
@@ -76,6 +111,20 @@ impl Extent<'_> {
             }
         }
         Ok(())
+    }
+
+    /// As a comb, if it is one: all stretches begin at the same place modulo the pitch.
+    fn comb(&self) -> Option<Comb> {
+        let (length, rest) = self.stretches();
+        let pitch = rest.first()?.1.unsigned_abs();
+        let is_comb = rest
+            .iter()
+            .all(|(_, stride)| stride.unsigned_abs().is_multiple_of(pitch));
+        is_comb.then_some(Comb {
+            start: self.data,
+            length,
+            pitch,
+        })
     }
 
     /// Whether two of its indices are the same element.
@@ -99,6 +148,16 @@ impl Extent<'_> {
         {
             return Ok(true);
         }
+        // As in any slice of a dense array, each dimension steps over all that is inside it.
+        let (mut inside, rest) = self.stretches();
+        let is_nested = rest.iter().all(|&(len, stride)| {
+            let is_over = stride.unsigned_abs() >= inside;
+            inside = stride.unsigned_abs().saturating_mul(len);
+            is_over
+        });
+        if is_nested {
+            return Ok(false);
+        }
         let mut runs = Vec::new();
         self.runs(&mut runs)?;
         runs.sort_unstable();
@@ -111,6 +170,9 @@ impl Extent<'_> {
             return Ok(false);
         };
         if mine.1 <= its.0 || its.1 <= mine.0 {
+            return Ok(false);
+        }
+        if are_apart([self, other].map(Extent::comb).into_iter()) {
             return Ok(false);
         }
         let (mut a, mut b) = (Vec::new(), Vec::new());
@@ -186,7 +248,8 @@ impl Written {
             });
             let (cluster, others) = rest.split_at(size.count().max(1));
             rest = others;
-            if cluster.len() > 1 {
+            let combs = || cluster.iter().map(|span| extent(span.3).comb());
+            if cluster.len() > 1 && !are_apart(combs()) {
                 let mut runs: Vec<(usize, usize, usize)> = Vec::new();
                 let mut own = Vec::new();
                 for span in cluster {

@@ -4,15 +4,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
 use numpy::PyUntypedArray;
-use pyo3::exceptions::{PyMemoryError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi};
 
-use super::dlpack::Managed;
-use super::overlap::{Extent, OutOfMemory, Written};
-use super::{
-    Buffer, DType, Destination, Gradient, Header, Refusal, Source, Tensor, describe, read_gradient,
-};
+use super::dlpack::{Exchange, Managed};
+use super::overlap::{Extent, Written};
+use super::{Buffer, DType, Destination, Gradient, Refusal, Source, Tensor, as_array, is_scalar};
 use crate::config::Config;
 use crate::kernel::Real;
 use crate::kernel::batch::{Batch, Dim, Layout, Piece};
@@ -35,23 +33,15 @@ pub(crate) struct Param {
 impl Param {
     /// Reads a new parameter. `index` is for messages.
     pub fn new(object: &Bound<'_, PyAny>, name: Option<String>, index: usize) -> PyResult<Self> {
-        let culprit = || culprit("parameter", index, name.as_deref());
-        let source = Source::of(object).map_err(|refusal| refusal.at(culprit()))?;
-        let (tensor, header) =
-            read(object.py(), &source).map_err(|refusal| refusal.at(culprit()))?;
-        let destination = Destination::new(&tensor, header);
-        if !tensor.is_dense()
-            && destination
-                .extent()
-                .overlaps_itself()
-                .map_err(out_of_memory)?
-        {
-            let found = format!("{} whose elements overlap", tensor.describe());
-            return Err(
-                Refusal::Value("an array whose elements do not overlap".into(), found)
-                    .at(culprit()),
-            );
-        }
+        let read = || {
+            let source = Source::of(object)?;
+            let tensor = source.read(object.py())?;
+            tensor.check_destination()?;
+            tensor.check_apart()?;
+            Ok((source, Destination::new(tensor)))
+        };
+        let (source, destination) = read()
+            .map_err(|refusal: Refusal| refusal.at(culprit("parameter", index, name.as_deref())))?;
         Ok(Param {
             object: object.clone().unbind(),
             name,
@@ -100,31 +90,27 @@ impl Param {
 
     #[cold]
     fn reread_leniently(&mut self, py: Python<'_>) -> bool {
-        if self.is_capsule() {
-            return false;
-        }
         let mine = &mut self.destination;
-        let before = (mine.data, mine.strides.clone());
         match self.source.read(py) {
-            Ok(tensor) if tensor.dtype == mine.dtype && tensor.shape[..] == mine.shape[..] => {
-                mine.move_to(&tensor, None);
+            // A capsule is somewhere else each time it is made.
+            _ if matches!(self.source, Source::Capsule(_)) => mine.forget(),
+            Ok(tensor) if mine.check_like(tensor.dtype, &tensor.shape).is_ok() => {
+                let header = tensor.header;
+                let has_moved = mine.move_to(tensor);
+                // One that cannot be written must not pass for one that was checked.
+                mine.header = header.filter(|header| header.is_writable());
+                has_moved
             }
             // Whatever it is now, it is nowhere that this step looks at.
             _ => mine.forget(),
         }
-        before != (mine.data, mine.strides.clone())
     }
 
     /// Takes the place of another parameter, whose type and shape it must have.
     pub fn succeed(&mut self, other: &Param, index: usize) -> PyResult<()> {
-        let (mine, its) = (&self.destination, &other.destination);
-        if mine.dtype != its.dtype || mine.shape != its.shape {
-            let (wanted, found) = (
-                describe(its.dtype, &its.shape),
-                describe(mine.dtype, &mine.shape),
-            );
-            return Err(Refusal::Value(wanted, found).at(self.culprit("parameter", index)));
-        }
+        let mine = &self.destination;
+        let like = other.destination.check_like(mine.dtype, &mine.shape);
+        like.map_err(|refusal| refusal.at(self.culprit("parameter", index)))?;
         (self.offset, self.state) = (other.offset, other.state);
         self.destination.inherit_state(&other.destination);
         Ok(())
@@ -132,34 +118,20 @@ impl Param {
 
     #[cold]
     fn reread(&mut self, py: Python<'_>, index: usize, keep: &mut Vec<Managed>) -> PyResult<bool> {
-        let (mut tensor, header) = read(py, &self.source)
-            .map_err(|refusal| refusal.at(self.culprit("parameter", index)))?;
-        let mine = &mut self.destination;
-        if tensor.dtype != mine.dtype || tensor.shape[..] != mine.shape[..] {
-            let wanted = describe(mine.dtype, &mine.shape);
-            let refusal = match tensor.dtype == mine.dtype {
-                true => Refusal::Value(wanted, tensor.describe()),
-                false => Refusal::Type(wanted, tensor.describe()),
-            };
-            return Err(refusal.at(self.culprit("parameter", index)));
-        }
+        let read = || {
+            let tensor = self.source.read(py)?;
+            self.destination.check_like(tensor.dtype, &tensor.shape)?;
+            tensor.check_destination()?;
+            if tensor.strides != self.destination.strides {
+                tensor.check_apart()?;
+            }
+            Ok(tensor)
+        };
+        let tensor: Result<Tensor, Refusal> = read();
+        let mut tensor = tensor.map_err(|refusal| refusal.at(self.culprit("parameter", index)))?;
         keep.extend(tensor.managed.take());
-        let has_moved = tensor.data != mine.data || tensor.strides != mine.strides;
-        mine.move_to(&tensor, header);
-        if has_moved && !mine.is_dense && mine.extent().overlaps_itself().map_err(out_of_memory)? {
-            let found = format!("{} whose elements overlap", tensor.describe());
-            let refusal = Refusal::Value("an array whose elements do not overlap".into(), found);
-            return Err(refusal.at(self.culprit("parameter", index)));
-        }
-        Ok(has_moved)
+        Ok(self.destination.move_to(tensor))
     }
-}
-
-/// Reads a destination and checks that it can be one.
-fn read(py: Python<'_>, source: &Source) -> Result<(Tensor, Option<Header>), Refusal> {
-    let tensor = source.read(py)?;
-    tensor.check_destination()?;
-    Ok((tensor, source.array(py).map(|array| Header::of(&array))))
 }
 
 /// "parameter 3 ('fc.weight')".
@@ -168,10 +140,6 @@ fn culprit(what: &str, index: usize, name: Option<&str>) -> String {
         Some(name) => format!("{what} {index} ('{name}')"),
         None => format!("{what} {index}"),
     }
-}
-
-pub(crate) fn out_of_memory(_: OutOfMemory) -> PyErr {
-    PyMemoryError::new_err("not enough memory to check whether arrays overlap")
 }
 
 /// Whether an object is a NumPy array and no subclass: a comparison instead of a call.
@@ -185,56 +153,51 @@ fn is_exact_array(object: &Bound<'_, PyAny>) -> bool {
     }
 }
 
-/// A gradient on its way into a step.
+/// A gradient on its way into a step. Whatever can be read without running Python code is read only
+/// once no more of it will run; a reference keeps it until the step is over.
 #[derive(Default)]
 pub(crate) enum Incoming {
     #[default]
     None,
-    /// A NumPy array, to be read when no Python code runs any more.
     Array(Py<PyUntypedArray>),
-    /// Anything else, read already; what keeps its memory is in the list that [`Incoming::new`] was
-    /// given.
-    Read(Box<Tensor>),
+    Exchange(Box<(Py<PyAny>, Exchange)>),
+    /// Memory that is kept by the capsule it came in.
+    Capsule(Box<Tensor>),
 }
 
 impl Incoming {
     /// Takes a gradient. May run Python code.
     #[inline]
-    pub fn new(
-        object: Bound<'_, PyAny>,
-        keep: &mut Vec<Py<PyAny>>,
-        param: &Param,
-        index: usize,
-    ) -> PyResult<Self> {
+    pub fn new(object: Bound<'_, PyAny>, param: &Param, index: usize) -> PyResult<Self> {
         if is_exact_array(&object) {
             // SAFETY: it is a NumPy array.
-            return Ok(Incoming::Array(
-                unsafe { object.cast_into_unchecked() }.unbind(),
-            ));
+            let array = unsafe { object.cast_into_unchecked::<PyUntypedArray>() };
+            return Ok(Incoming::Array(array.unbind()));
         }
-        Self::other(object, keep, param, index)
+        Self::of(&object).map_err(|refusal| {
+            refusal
+                .wanting(&param.destination)
+                .at(param.culprit("gradient", index))
+        })
     }
 
+    /// Whatever a parameter may be, read-only or in a legacy capsule too, or a NumPy scalar, which is
+    /// what NumPy's reductions return for a parameter without dimensions.
     #[cold]
-    fn other(
-        object: Bound<'_, PyAny>,
-        keep: &mut Vec<Py<PyAny>>,
-        param: &Param,
-        index: usize,
-    ) -> PyResult<Self> {
+    pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Refusal> {
+        let py = object.py();
         if object.is_none() {
             return Ok(Incoming::None);
         }
-        match object.cast_into::<PyUntypedArray>() {
-            Ok(array) => Ok(Incoming::Array(array.unbind())),
-            Err(error) => match read_gradient(&error.into_inner(), keep) {
-                Ok(tensor) => Ok(Incoming::Read(Box::new(tensor))),
-                Err(refusal) => {
-                    let refusal = refusal.wanting(&param.destination);
-                    Err(refusal.at(param.culprit("gradient", index)))
-                }
-            },
+        if is_scalar(object)? {
+            return Ok(Incoming::Array(as_array(object)?.unbind()));
         }
+        Ok(match Source::of(object)? {
+            Source::Array(array) => Incoming::Array(array),
+            Source::Parameter(parameter) => Incoming::Array(parameter.get().data(py).unbind()),
+            Source::Exchange(object, exchange) => Incoming::Exchange(Box::new((object, exchange))),
+            source @ Source::Capsule(_) => Incoming::Capsule(Box::new(source.read(py)?)),
+        })
     }
 
     /// Lets go of it.
@@ -243,8 +206,8 @@ impl Incoming {
         match std::mem::take(self) {
             // Bound, so that dropping the reference need not find out whether the GIL is held.
             Incoming::Array(array) => drop(array.into_bound(py)),
-            Incoming::Read(tensor) => drop(tensor),
-            Incoming::None => {}
+            Incoming::Exchange(object) => drop(object.0.into_bound(py)),
+            Incoming::Capsule(_) | Incoming::None => {}
         }
     }
 
@@ -263,20 +226,24 @@ impl Incoming {
         }
     }
 
-    /// Where the gradient is, if there is one.
+    /// Where the gradient of a parameter is, if there is one. Runs no Python code.
     #[cold]
-    fn closer(&self, py: Python<'_>, param: &Param, index: usize) -> PyResult<Option<Gradient>> {
-        let destination = &param.destination;
+    pub fn gradient(
+        &self,
+        py: Python<'_>,
+        destination: &Destination,
+    ) -> Result<Option<Gradient>, Refusal> {
         let gradient = match self {
             Incoming::None => return Ok(None),
-            Incoming::Read(tensor) => Gradient::new(tensor, destination),
             Incoming::Array(array) => Tensor::of_array(array.bind(py))
-                .map_err(|refusal| refusal.wanting(destination))
                 .and_then(|tensor| Gradient::new(&tensor, destination)),
+            Incoming::Exchange(object) => (object.1.read(object.0.bind(py)))
+                .and_then(|tensor| Gradient::new(&tensor, destination)),
+            Incoming::Capsule(tensor) => Gradient::new(tensor, destination),
         };
         gradient
             .map(Some)
-            .map_err(|refusal| refusal.at(param.culprit("gradient", index)))
+            .map_err(|refusal| refusal.wanting(destination))
     }
 }
 
@@ -338,7 +305,7 @@ impl Guard {
         let extent = |owner: usize| extent_of(params, &self.state, owner);
         let written =
             Written::new((0..params.len() + self.state.len()).map(|owner| (owner, extent(owner))));
-        if let Some((first, second)) = written.find_overlap(extent).map_err(out_of_memory)? {
+        if let Some((first, second)) = written.find_overlap(extent)? {
             let (first, second) = (self.name_of(params, first), self.name_of(params, second));
             return Err(PyValueError::new_err(format!(
                 "{second} overlaps {first}: expected arrays that share no element"
@@ -363,10 +330,7 @@ impl Guard {
             return Ok(());
         };
         for owner in self.written.touching(start, end) {
-            if extent
-                .overlaps(&extent_of(params, &self.state, owner))
-                .map_err(out_of_memory)?
-            {
+            if extent.overlaps(&extent_of(params, &self.state, owner))? {
                 return Err(PyValueError::new_err(format!(
                     "{} overlaps {}: expected a gradient in memory of its own",
                     params[index].culprit("gradient", index),
@@ -432,9 +396,11 @@ pub(crate) fn assemble<'g>(
     groups: impl Iterator<Item = GroupWork<'g>> + Clone,
     guard: &mut Guard,
     state: impl FnOnce() -> Vec<StateSpan>,
+    check_buffers: impl Fn() -> PyResult<()>,
     keep: &mut Vec<Managed>,
     work: &mut Work<'_, '_>,
 ) -> PyResult<()> {
+    check_buffers()?;
     // As a rule nothing has moved since the last step: look while pushing, and start over if
     // something has, or if anything looks wrong before all parameters were looked at.
     if guard.is_checked {
@@ -465,6 +431,7 @@ pub(crate) fn assemble<'g>(
             }
         }
     }
+    check_buffers()?;
     guard.check(params, state)?;
     for group in groups {
         push_group(py, params, incoming, steps, &group, guard, work, false)?;
@@ -515,9 +482,10 @@ fn push_group(
                 data,
                 strides: None,
             },
-            None => match incoming[index].closer(py, param, index)? {
-                Some(gradient) => gradient,
-                None => continue,
+            None => match incoming[index].gradient(py, &param.destination) {
+                Ok(Some(gradient)) => gradient,
+                Ok(None) => continue,
+                Err(refusal) => return Err(refusal.at(param.culprit("gradient", index))),
             },
         };
         if gradient.data != param.cleared || gradient.strides.is_some() {
