@@ -10,12 +10,12 @@ RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
 demo: $(EXTENSION)
 	$(BIN)/python examples/digits.py
 
-test: $(EXTENSION)
+test: $(VENV)/.test $(EXTENSION)
 	cargo test --release --quiet
 	cargo test --release --quiet --no-default-features
 	$(BIN)/python -m pytest
 
-lint: $(EXTENSION)
+lint: $(VENV)/.test $(EXTENSION)
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --features python -- -D warnings
 	cargo clippy --quiet --all-targets --no-default-features -- -D warnings
@@ -25,19 +25,23 @@ lint: $(EXTENSION)
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest rmsprop
 
-bench: $(EXTENSION)
+bench: $(VENV)/.test $(EXTENSION)
 	cargo bench
 	$(BIN)/python benches/step.py
 
-# The environment: what the tests and the demo compare with, from pyproject.toml.
-$(VENV)/.installed: pyproject.toml
+# The environment, in two parts: what the demo needs, and the many rivals and tools of the tests.
+$(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --group demo
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 
 # The extension, built in release mode and imported from python/.
-$(EXTENSION): $(VENV)/.installed $(RUST)
+$(EXTENSION): $(VENV)/.demo $(RUST)
 	VIRTUAL_ENV=$(abspath $(VENV)) PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	touch $@
 

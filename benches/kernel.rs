@@ -21,59 +21,26 @@ fn main() {
         isa().unwrap().name()
     );
     println!(
-        "{:>10} {:>7} {:>9} {:>12} {:>12} {:>11}",
-        "numel", "threads", "variant", "step µs", "limit µs", "limit/step"
+        "{:>10} {:>7} {:>12} {:>12} {:>11}",
+        "numel", "threads", "step µs", "limit µs", "limit/step"
     );
     for numel in SIZES
         .into_iter()
         .filter(|numel| wanted.is_empty() || wanted.contains(numel))
     {
         for threads in [1, 2] {
-            let plain = Config::oneflow();
-            case(numel, threads, "plain", &plain);
-            if threads == 1 && numel <= 1_000_000 {
-                case(
-                    numel,
-                    threads,
-                    "momentum",
-                    &Config {
-                        momentum: 0.9,
-                        ..plain.clone()
-                    },
-                );
-                case(
-                    numel,
-                    threads,
-                    "centered",
-                    &Config {
-                        centered: true,
-                        ..plain.clone()
-                    },
-                );
-                case(
-                    numel,
-                    threads,
-                    "both",
-                    &Config {
-                        momentum: 0.9,
-                        centered: true,
-                        ..plain
-                    },
-                );
-            }
+            case(numel, threads);
         }
     }
 }
 
-fn case(numel: usize, threads: usize, variant: &str, config: &Config) {
+fn case(numel: usize, threads: usize) {
     let grad: Vec<f32> = (0..numel)
         .map(|i| ((i * 7919) % 1000) as f32 * 1e-3 - 0.5)
         .collect();
     let (mut p, mut q, mut v) = (grad.clone(), grad.clone(), vec![1.0f32; numel]);
-    let mut opt = RmsProp::<f32>::new(config.clone(), &[numel])
-        .unwrap()
-        .with_threads(threads)
-        .unwrap();
+    let opt = RmsProp::<f32>::new(Config::default(), &[numel]).unwrap();
+    let mut opt = opt.with_threads(threads).unwrap();
     let repeats = (2_000_000 / numel).max(1);
     let rounds = (400_000_000 / (numel * repeats)).clamp(9, 101);
     let (mut steps, mut limits) = (Vec::new(), Vec::new());
@@ -85,7 +52,7 @@ fn case(numel: usize, threads: usize, variant: &str, config: &Config) {
     }
     let (step, limit) = (median(steps), median(limits));
     println!(
-        "{numel:>10} {threads:>7} {variant:>9} {step:>12.2} {limit:>12.2} {:>11.3}",
+        "{numel:>10} {threads:>7} {step:>12.2} {limit:>12.2} {:>11.3}",
         limit / step
     );
 }

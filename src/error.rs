@@ -66,9 +66,14 @@ pub enum Error {
         /// The value.
         found: f64,
     },
-    /// The number of threads is 0.
-    #[error("threads: expected a number >= 1, got 0")]
-    Threads,
+    /// A number of threads that is none.
+    #[error("{name}: expected a number >= 1, got '{found}'")]
+    Threads {
+        /// "threads", or "RMSPROP_NUM_THREADS".
+        name: &'static str,
+        /// What there was.
+        found: String,
+    },
     /// The instruction set is unknown or this processor does not have it.
     #[error("RMSPROP_ISA: expected one of {available}, got '{found}'")]
     Isa {

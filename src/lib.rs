@@ -57,7 +57,7 @@ pub use error::Error;
 pub use kernel::Real;
 pub use kernel::dispatch::{Isa, isa};
 pub use optimizer::RmsProp;
-pub use parallel::available_threads;
+pub use parallel::default_threads;
 pub use state::StateKey;
 
 /// Runs the README's Rust example.

@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::kernel::batch::{Batch, Storage};
 use crate::kernel::dispatch::{Isa, isa};
 use crate::kernel::{Hyper, Real, Rows};
-use crate::parallel::available_threads;
+use crate::parallel::default_threads;
 use crate::state::{State, StateKey};
 
 /// RMSprop over slices of `T`, `f32` or `f64`.
@@ -53,7 +53,7 @@ impl<T: Real> RmsProp<T> {
         let mut optimizer = RmsProp {
             groups: Vec::new(),
             isa,
-            threads: available_threads(),
+            threads: default_threads()?,
             clipping: Clipping::default(),
             last_grad_norm: None,
             skipped_steps: 0,
@@ -80,14 +80,17 @@ impl<T: Real> RmsProp<T> {
         Ok(())
     }
 
-    /// Steps on at most this many threads. [`available_threads`] unless set; small steps stay on
+    /// Steps on at most this many threads. [`default_threads`] unless set; small steps stay on
     /// the caller anyway.
     ///
     /// # Errors
     /// [`Error::Threads`] for 0.
     pub fn with_threads(mut self, threads: usize) -> Result<Self, Error> {
         if threads == 0 {
-            return Err(Error::Threads);
+            return Err(Error::Threads {
+                name: "threads",
+                found: "0".to_owned(),
+            });
         }
         self.threads = threads;
         Ok(self)

@@ -8,10 +8,12 @@
 //! The pool belongs to the process that made it. After `fork` the child finds another process id,
 //! leaks the parent's pool, whose threads it does not have, and makes its own.
 
+use crate::error::Error;
+
 /// Bytes below which a step stays on the caller. Waking a sleeping worker takes 25 to 40 µs; two
 /// threads pay from about half a million f32 elements on (`benches/kernel.rs`, two cores of a Zen
 /// 5).
-const SERIAL_BYTES: usize = 8 << 20;
+const SERIAL_BYTES: usize = 10 << 20;
 
 /// How many of `threads` are worth waking for work that moves `bytes`.
 pub(crate) fn useful_threads(threads: usize, bytes: usize) -> usize {
@@ -22,12 +24,23 @@ pub(crate) fn useful_threads(threads: usize, bytes: usize) -> usize {
     }
 }
 
-/// As many threads as this process may use: its affinity and its cgroup's quota count.
-pub fn available_threads() -> usize {
-    if cfg!(feature = "rayon") {
-        std::thread::available_parallelism().map_or(1, usize::from)
-    } else {
-        1
+/// The threads of an optimizer that was not told: `RMSPROP_NUM_THREADS`, or else as many as this
+/// process may use; its affinity and its cgroup's quota count. One without the feature `rayon`.
+///
+/// # Errors
+/// [`Error::Threads`] if `RMSPROP_NUM_THREADS` is not a number >= 1.
+pub fn default_threads() -> Result<usize, Error> {
+    let name = "RMSPROP_NUM_THREADS";
+    let Some(value) = std::env::var_os(name).filter(|value| !value.is_empty()) else {
+        return Ok(match cfg!(feature = "rayon") {
+            true => std::thread::available_parallelism().map_or(1, usize::from),
+            false => 1,
+        });
+    };
+    let found = value.to_string_lossy().into_owned();
+    match found.trim().parse() {
+        Ok(threads) if threads >= 1 => Ok(threads),
+        _ => Err(Error::Threads { name, found }),
     }
 }
 

@@ -90,10 +90,12 @@ impl Isa {
 /// [`Error::Isa`] if `RMSPROP_ISA` is unknown or not available.
 pub fn isa() -> Result<Isa, Error> {
     static ISA: OnceLock<Result<Isa, Error>> = OnceLock::new();
-    ISA.get_or_init(|| match std::env::var_os("RMSPROP_ISA") {
-        Some(name) => Isa::named(&name.to_string_lossy()),
-        None => Ok(Isa::available().next_back().unwrap_or(Isa::Scalar)),
-    })
+    ISA.get_or_init(
+        || match std::env::var_os("RMSPROP_ISA").filter(|name| !name.is_empty()) {
+            Some(name) => Isa::named(&name.to_string_lossy()),
+            None => Ok(Isa::available().next_back().unwrap_or(Isa::Scalar)),
+        },
+    )
     .clone()
 }
 

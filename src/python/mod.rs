@@ -17,6 +17,7 @@ use pyo3::types::PyDict;
 use crate::config::Config;
 use crate::dialect::DIALECTS;
 use crate::kernel::dispatch::isa;
+use crate::parallel::default_threads;
 
 /// The options that a dialect fixes; ValueError for an unknown name.
 #[pyfunction]
@@ -55,7 +56,7 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("isa", isa()?.name())?;
-    info.set_item("threads", optimizer::default_threads()?)?;
+    info.set_item("threads", default_threads()?)?;
     let features: &[&str] = if cfg!(debug_assertions) {
         &["rayon", "python", "debug"]
     } else {

@@ -16,7 +16,7 @@ use crate::config::{Nonfinite, validate_max_grad_norm};
 use crate::kernel::batch::Storage;
 use crate::kernel::dispatch::isa;
 use crate::optimizer::Clipping;
-use crate::parallel::available_threads;
+use crate::parallel::default_threads;
 use crate::state::StateKey;
 
 /// The base class of `rmsprop.RMSprop`, which documents it.
@@ -49,6 +49,7 @@ impl Optimizer {
         let contents = Inner {
             groups: Vec::new(),
             params: Vec::new(),
+            has_exchanged: false,
             steps: Vec::new(),
             guard: Guard::default(),
             clipping: Clipping::default(),
@@ -357,25 +358,6 @@ impl Optimizer {
         self.contents.wait(py)?.skipped_steps = value;
         Ok(())
     }
-}
-
-/// `RMSPROP_NUM_THREADS`, or as many threads as this process may use.
-pub(crate) fn default_threads() -> PyResult<usize> {
-    let Some(value) = std::env::var_os("RMSPROP_NUM_THREADS").filter(|value| !value.is_empty())
-    else {
-        return Ok(available_threads());
-    };
-    let value = value.to_string_lossy();
-    value
-        .trim()
-        .parse()
-        .ok()
-        .filter(|&threads| threads >= 1)
-        .ok_or_else(|| {
-            PyValueError::new_err(format!(
-                "RMSPROP_NUM_THREADS: expected a number >= 1, got '{value}'"
-            ))
-        })
 }
 
 fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<usize> {

@@ -28,6 +28,8 @@ pub(crate) type NewGroup<'py> = (Bound<'py, PyDict>, Vec<Option<String>>);
 pub(crate) struct Inner {
     pub groups: Vec<Group>,
     pub params: Vec<Param>,
+    /// Some are read through the exchange API.
+    pub has_exchanged: bool,
     /// Updates of each parameter.
     pub steps: Vec<u64>,
     pub guard: Guard,
@@ -251,7 +253,10 @@ impl Inner {
         };
         drop(capsules);
         match verdict.outcome {
-            Outcome::Update { .. } => self.count_steps(),
+            Outcome::Update { .. } => {
+                self.count_steps();
+                self.tell_autograd(py)?;
+            }
             Outcome::Skip => self.skipped_steps += 1,
             Outcome::Raise {
                 index,
@@ -350,6 +355,7 @@ impl Inner {
                 .iter_mut()
                 .for_each(|half| half.flat = None);
         }
+        self.has_exchanged = self.params.iter().any(Param::is_exchanged);
         self.groups[group].objects = objects.unbind();
         Ok(())
     }
@@ -411,6 +417,31 @@ impl Inner {
         }
     }
 
+    /// Tells torch that its tensors were written in place, so that a backward pass through what they
+    /// were raises instead of computing something else.
+    fn tell_autograd(&self, py: Python<'_>) -> PyResult<()> {
+        if !self.has_exchanged {
+            return Ok(());
+        }
+        let updated = self.params.iter().zip(&self.incoming);
+        let updated =
+            updated.filter(|(param, gradient)| param.is_exchanged() && gradient.is_some());
+        let tensors: Vec<_> = updated
+            .map(|(param, _)| param.object.bind(py))
+            .filter(|object| {
+                object
+                    .get_type()
+                    .module()
+                    .is_ok_and(|name| name.to_string().starts_with("torch"))
+            })
+            .collect();
+        if !tensors.is_empty() {
+            let graph = py.import(intern!(py, "torch.autograd.graph"))?;
+            graph.call_method1(intern!(py, "increment_version"), (tensors,))?;
+        }
+        Ok(())
+    }
+
     /// The error for a gradient that is not finite. A piece may be several parameters that lie next
     /// to each other.
     fn blame(&self, mut index: usize, mut element: usize, found: f64) -> PyErr {
@@ -440,6 +471,7 @@ impl Inner {
             self.groups.truncate(first_group);
             self.params.truncate(first);
         }
+        self.has_exchanged = self.params.iter().any(Param::is_exchanged);
         self.steps.resize(self.params.len(), 0);
         self.incoming
             .resize_with(self.params.len(), Incoming::default);

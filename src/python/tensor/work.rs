@@ -59,6 +59,11 @@ impl Param {
         self.source.traverse(visit)
     }
 
+    /// Whether it is read through the exchange API, as torch's tensors are.
+    pub fn is_exchanged(&self) -> bool {
+        matches!(self.source, Source::Exchange(..))
+    }
+
     fn is_capsule(&self) -> bool {
         matches!(self.source, Source::Capsule(_))
     }
