@@ -28,19 +28,7 @@ fn dialect<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
             "dialect: expected one of {names}, got '{name}'"
         ))
     })?;
-    let options = PyDict::new(py);
-    options.set_item("alpha", config.alpha)?;
-    options.set_item("eps", config.eps)?;
-    options.set_item("weight_decay", config.weight_decay)?;
-    options.set_item("momentum", config.momentum)?;
-    options.set_item("centered", config.centered)?;
-    options.set_item("eps_in_sqrt", config.eps_in_sqrt)?;
-    options.set_item("initial_square_avg", config.initial_square_avg)?;
-    options.set_item("lr_in_momentum", config.lr_in_momentum)?;
-    options.set_item("nesterov", config.nesterov)?;
-    options.set_item("bias_correction", config.bias_correction)?;
-    options.set_item("decoupled_weight_decay", config.decoupled_weight_decay)?;
-    Ok(options)
+    options::dialect_options(py, config)
 }
 
 /// Checks the options of a dict; `place` is " of group 0" or nothing. TypeError or ValueError names

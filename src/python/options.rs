@@ -1,7 +1,6 @@
 //! The options of a parameter group, read from its dict at every step.
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
@@ -10,24 +9,39 @@ use super::tensor::is_same;
 use crate::config::Config;
 use crate::error::Error;
 
-/// The keys of a group that a step reads.
-const OPTIONS: [&str; 15] = [
-    "params",
-    "lr",
-    "alpha",
-    "eps",
-    "weight_decay",
-    "momentum",
-    "centered",
-    "contiguous_params",
-    "eps_in_sqrt",
-    "initial_square_avg",
-    "lr_in_momentum",
-    "nesterov",
-    "bias_correction",
-    "decoupled_weight_decay",
-    "maximize",
+/// An option and its place in a [`Config`].
+type Field<T> = (&'static str, fn(&mut Config) -> &mut T);
+
+/// The options of a group that are numbers.
+const NUMBERS: [Field<f64>; 6] = [
+    ("lr", |config| &mut config.lr),
+    ("alpha", |config| &mut config.alpha),
+    ("eps", |config| &mut config.eps),
+    ("weight_decay", |config| &mut config.weight_decay),
+    ("momentum", |config| &mut config.momentum),
+    ("initial_square_avg", |config| {
+        &mut config.initial_square_avg
+    }),
 ];
+
+/// Those that are switches.
+const FLAGS: [Field<bool>; 7] = [
+    ("centered", |config| &mut config.centered),
+    ("eps_in_sqrt", |config| &mut config.eps_in_sqrt),
+    ("lr_in_momentum", |config| &mut config.lr_in_momentum),
+    ("nesterov", |config| &mut config.nesterov),
+    ("bias_correction", |config| &mut config.bias_correction),
+    ("decoupled_weight_decay", |config| {
+        &mut config.decoupled_weight_decay
+    }),
+    ("maximize", |config| &mut config.maximize),
+];
+
+/// What a group has besides.
+const CONTIGUOUS: &str = "contiguous_params";
+
+/// Options that a dialect leaves to the caller.
+const FREE: [&str; 2] = ["lr", "maximize"];
 
 /// Options that belong to the optimizer, not to a group.
 const OPTIMIZER_OPTIONS: [&str; 3] = ["max_grad_norm", "nonfinite", "threads"];
@@ -53,22 +67,14 @@ pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Co
             Err(_) => Err(wrong_type(key, place, "a bool", &value)),
         }
     };
-    let config = Config {
-        lr: number("lr")?,
-        alpha: number("alpha")?,
-        eps: number("eps")?,
-        weight_decay: number("weight_decay")?,
-        momentum: number("momentum")?,
-        centered: flag("centered")?,
-        eps_in_sqrt: flag("eps_in_sqrt")?,
-        initial_square_avg: number("initial_square_avg")?,
-        lr_in_momentum: flag("lr_in_momentum")?,
-        nesterov: flag("nesterov")?,
-        bias_correction: flag("bias_correction")?,
-        decoupled_weight_decay: flag("decoupled_weight_decay")?,
-        maximize: flag("maximize")?,
-    };
-    flag("contiguous_params")?;
+    let mut config = Config::default();
+    for (key, field) in NUMBERS {
+        *field(&mut config) = number(key)?;
+    }
+    for (key, field) in FLAGS {
+        *field(&mut config) = flag(key)?;
+    }
+    flag(CONTIGUOUS)?;
     for key in OPTIMIZER_OPTIONS {
         if options.contains(key)? {
             let found = format!(
@@ -86,6 +92,18 @@ pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Co
         }
         result => Ok(result.map(|()| config)?),
     }
+}
+
+/// The options that a dialect fixes, as keyword arguments.
+pub(crate) fn dialect_options(py: Python<'_>, mut config: Config) -> PyResult<Bound<'_, PyDict>> {
+    let options = PyDict::new(py);
+    for (key, field) in NUMBERS.into_iter().filter(|(key, _)| !FREE.contains(key)) {
+        options.set_item(key, *field(&mut config))?;
+    }
+    for (key, field) in FLAGS.into_iter().filter(|(key, _)| !FREE.contains(key)) {
+        options.set_item(key, *field(&mut config))?;
+    }
+    Ok(options)
 }
 
 /// The error for a value that is no number, or no f64.
@@ -130,10 +148,8 @@ pub(crate) struct Snapshot {
 impl Snapshot {
     pub fn new(group: &Bound<'_, PyDict>) -> Self {
         // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
-        let is_read = |key: &Bound<'_, PyAny>| {
-            key.extract::<String>()
-                .is_ok_and(|key| OPTIONS.contains(&key.as_str()))
-        };
+        let is_read =
+            |key: &Bound<'_, PyAny>| key.extract::<String>().is_ok_and(|key| is_option(&key));
         let is_constant = |value: &Bound<'_, PyAny>| {
             value.is_exact_instance_of::<PyFloat>()
                 || value.is_exact_instance_of::<PyInt>()
@@ -173,8 +189,16 @@ impl Snapshot {
     }
 }
 
+/// Whether a step reads this key of a group.
+fn is_option(key: &str) -> bool {
+    key == "params"
+        || key == CONTIGUOUS
+        || NUMBERS.iter().any(|(name, _)| *name == key)
+        || FLAGS.iter().any(|(name, _)| *name == key)
+}
+
 /// Whether the group wants its parameters in flat buffers.
 pub(crate) fn is_contiguous(dict: &Bound<'_, PyDict>) -> PyResult<bool> {
-    dict.get_item(intern!(dict.py(), "contiguous_params"))?
+    dict.get_item(CONTIGUOUS)?
         .map_or(Ok(false), |value| value.is_truthy())
 }

@@ -11,7 +11,7 @@ use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 
 use super::group::{Group, flatten, state_spans};
 use super::options::{Snapshot, config_of, is_contiguous};
-use super::tensor::work::{Guard, Incoming, Param, Work, assemble};
+use super::tensor::work::{Assembly, Guard, Incoming, Param, Work};
 use super::tensor::{DType, Source, is_same};
 use crate::kernel::batch::Storage;
 use crate::optimizer::{Clipping, Gradients, Outcome};
@@ -203,28 +203,31 @@ impl Inner {
             keep,
             ..
         } = self;
-        let mut capsules = Vec::new();
-        let mut work = Work {
+        let work = Work {
             f32: f32.open(),
             f64: f64.open(),
         };
-        let spans = || state_spans(groups);
-        let check = || {
-            let mut groups = groups.iter().enumerate();
-            groups.try_for_each(|(index, group)| group.check_buffers(py, index))
-        };
-        assemble(
-            py,
+        let capsules = Vec::new();
+        let mut assembly = Assembly {
             params,
             incoming,
             steps,
-            groups.iter().map(Group::work),
             guard,
-            spans,
-            check,
-            &mut capsules,
-            &mut work,
-        )?;
+            work,
+            capsules,
+        };
+        let check_buffers = || {
+            let mut groups = groups.iter().enumerate();
+            groups.try_for_each(|(index, group)| group.check_buffers(py, index))
+        };
+        let works = groups.iter().map(Group::work);
+        assembly.build(py, works, || state_spans(groups), check_buffers)?;
+        let Assembly {
+            params,
+            mut work,
+            capsules,
+            ..
+        } = assembly;
         let bytes = work.f32.bytes() + work.f64.bytes();
         let run = move || {
             let verdict = clipping.judge(&mut BothTypes {

@@ -289,10 +289,6 @@ impl Header {
     fn is_aligned(self) -> bool {
         self.flags & NPY_ARRAY_ALIGNED != 0
     }
-
-    fn is_writable(self) -> bool {
-        self.flags & NPY_ARRAY_WRITEABLE != 0
-    }
 }
 
 /// How a parameter's memory is found.

@@ -100,10 +100,12 @@ impl Param {
             // A capsule is somewhere else each time it is made.
             _ if matches!(self.source, Source::Capsule(_)) => mine.forget(),
             Ok(tensor) if mine.check_like(tensor.dtype, &tensor.shape).is_ok() => {
-                let header = tensor.header;
+                let is_fit = tensor.check_destination().is_ok() && tensor.check_apart().is_ok();
                 let has_moved = mine.move_to(tensor);
-                // One that cannot be written must not pass for one that was checked.
-                mine.header = header.filter(|header| header.is_writable());
+                if !is_fit {
+                    // It must not pass for one that was checked once it is to be written.
+                    mine.header = None;
+                }
                 has_moved
             }
             // Whatever it is now, it is nowhere that this step looks at.
@@ -389,149 +391,150 @@ pub(crate) struct Work<'s, 'a> {
 /// Puts a step together: reads all memory as it is now, checks it, and makes it the kernel's work.
 /// Nothing is written.
 ///
-/// Parameters and gradients are held by `params`, `incoming` and `keep` while the work lasts.
-/// Another thread that moves their memory meanwhile (`p.data = …` in torch) races with the
-/// step, as with torch's own kernels.
-#[allow(clippy::too_many_arguments)] // The parts of an optimizer, borrowed one by one.
-pub(crate) fn assemble<'g>(
-    py: Python<'_>,
-    params: &mut [Param],
-    incoming: &[Incoming],
-    steps: &[u64],
-    groups: impl Iterator<Item = GroupWork<'g>> + Clone,
-    guard: &mut Guard,
-    state: impl FnOnce() -> Vec<StateSpan>,
-    check_buffers: impl Fn() -> PyResult<()>,
-    keep: &mut Vec<Managed>,
-    work: &mut Work<'_, '_>,
-) -> PyResult<()> {
-    check_buffers()?;
-    // As a rule nothing has moved since the last step: look while pushing, and start over if
-    // something has, or if anything looks wrong before all parameters were looked at.
-    if guard.is_checked {
-        let is_settled = groups.clone().all(|group| {
-            push_group(py, params, incoming, steps, &group, guard, work, true).unwrap_or(false)
-        });
-        if is_settled {
-            return Ok(());
-        }
-        work.f32.clear();
-        work.f64.clear();
-    }
-    // Capsules first: making one runs Python code, which might move anything. After that nothing
-    // runs Python code.
-    for is_capsule in [true, false] {
-        for group in groups.clone().filter(|group| group.flat.is_none()) {
-            for index in group.range.clone() {
-                if params[index].is_capsule() != is_capsule {
-                    continue;
-                }
-                let has_moved = match incoming[index].is_some() {
-                    true => params[index].refresh(py, index, keep)?,
-                    false => params[index].follow(py),
-                };
-                if has_moved {
-                    guard.forget();
-                }
-            }
-        }
-    }
-    check_buffers()?;
-    guard.check(params, state)?;
-    for group in groups {
-        push_group(py, params, incoming, steps, &group, guard, work, false)?;
-    }
-    Ok(())
+/// Parameters and gradients are held by `params`, `incoming` and `capsules` while the work lasts.
+/// Another thread that moves their memory meanwhile (`p.data = …` in torch) races with the step, as
+/// with torch's own kernels.
+pub(crate) struct Assembly<'x, 's> {
+    pub params: &'x mut [Param],
+    pub incoming: &'x [Incoming],
+    pub steps: &'x [u64],
+    pub guard: &'x mut Guard,
+    pub work: Work<'s, 'x>,
+    /// What keeps the memory of parameters that are capsules.
+    pub capsules: Vec<Managed>,
 }
 
-/// Makes a group the kernel's work. With `is_first_look` the parameters may have moved: false if
-/// one has, or if that cannot be told at a glance.
-#[allow(clippy::too_many_arguments)] // As `assemble`.
-fn push_group(
-    py: Python<'_>,
-    params: &mut [Param],
-    incoming: &[Incoming],
-    steps: &[u64],
-    group: &GroupWork<'_>,
-    guard: &Guard,
-    work: &mut Work<'_, '_>,
-    is_first_look: bool,
-) -> PyResult<bool> {
-    let mut hypers = [HyperCache::default(), HyperCache::default()];
-    if let Some(flat) = group.flat {
-        for (dtype, flat) in [DType::F32, DType::F64].into_iter().zip(flat) {
-            let is_member = |&index: &usize| params[index].destination.dtype == dtype;
-            if let Some(index) = group.range.clone().find(is_member) {
-                let FlatWork { p, g, state, numel } = flat;
-                let piece = RawPiece {
-                    p,
-                    g,
-                    numel,
-                    state,
-                    index,
+impl Assembly<'_, '_> {
+    /// Takes all groups. `state` lists the state buffers, `check_buffers` finds out whether they are
+    /// where they were.
+    pub fn build<'g>(
+        &mut self,
+        py: Python<'_>,
+        groups: impl Iterator<Item = GroupWork<'g>> + Clone,
+        state: impl FnOnce() -> Vec<StateSpan>,
+        check_buffers: impl Fn() -> PyResult<()>,
+    ) -> PyResult<()> {
+        check_buffers()?;
+        // As a rule nothing has moved since the last step: look while pushing, and start over if
+        // something has, or if anything looks wrong before all parameters were looked at.
+        if self.guard.is_checked {
+            let mut groups = groups.clone();
+            if groups.all(|group| self.push(py, &group, true).unwrap_or(false)) {
+                return Ok(());
+            }
+            self.work.f32.clear();
+            self.work.f64.clear();
+        }
+        // Capsules first: making one runs Python code, which might move anything. After that
+        // nothing runs Python code.
+        for is_capsule in [true, false] {
+            let separate = groups.clone().filter(|group| group.flat.is_none());
+            for index in separate.flat_map(|group| group.range) {
+                let param = &mut self.params[index];
+                if param.is_capsule() != is_capsule {
+                    continue;
+                }
+                let has_moved = match self.incoming[index].is_some() {
+                    true => param.refresh(py, index, &mut self.capsules)?,
+                    false => param.follow(py),
                 };
-                // SAFETY: p, g and the state are flat buffers of the optimizer's own, alive with
-                // it, that have `numel` elements of this type, and no two of them are the same.
-                unsafe { work.push(dtype, group.config, steps[index], &mut hypers, piece, None) };
+                if has_moved {
+                    self.guard.forget();
+                }
             }
         }
-        return Ok(true);
+        check_buffers()?;
+        self.guard.check(self.params, state)?;
+        for group in groups {
+            self.push(py, &group, false)?;
+        }
+        Ok(())
     }
-    for index in group.range.clone() {
-        let param = &mut params[index];
-        if is_first_look && !param.source.is_current(py, &param.destination) {
-            return Ok(false);
+
+    /// Makes a group the kernel's work. In a first look the parameters may have moved: false if one
+    /// has, or if that cannot be told at a glance.
+    fn push(
+        &mut self,
+        py: Python<'_>,
+        group: &GroupWork<'_>,
+        is_first_look: bool,
+    ) -> PyResult<bool> {
+        let Assembly {
+            params,
+            incoming,
+            steps,
+            guard,
+            work,
+            ..
+        } = self;
+        let mut hypers = [HyperCache::default(), HyperCache::default()];
+        if let Some(flat) = group.flat {
+            for (dtype, flat) in [DType::F32, DType::F64].into_iter().zip(flat) {
+                let is_member = |&index: &usize| params[index].destination.dtype == dtype;
+                if let Some(index) = group.range.clone().find(is_member) {
+                    let FlatWork { p, g, state, numel } = flat;
+                    let piece = RawPiece {
+                        p,
+                        g,
+                        numel,
+                        state,
+                        index,
+                    };
+                    let (config, step) = (group.config, steps[index]);
+                    // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were
+                    // found where they were; they have `numel` elements of this type, and no two of
+                    // them are the same.
+                    unsafe { work.push(dtype, config, step, &mut hypers, piece, None) };
+                }
+            }
+            return Ok(true);
         }
-        let gradient = match incoming[index].at_a_glance(py, &param.destination) {
-            Some(data) => Gradient {
-                data,
-                strides: None,
-            },
-            None => match incoming[index].gradient(py, &param.destination) {
-                Ok(Some(gradient)) => gradient,
-                Ok(None) => continue,
-                Err(refusal) => return Err(refusal.at(param.culprit("gradient", index))),
-            },
-        };
-        if gradient.data != param.cleared || gradient.strides.is_some() {
-            guard.check_gradient(params, index, &gradient)?;
+        for index in group.range.clone() {
+            let param = &mut params[index];
+            if is_first_look && !param.source.is_current(py, &param.destination) {
+                return Ok(false);
+            }
+            let gradient = match incoming[index].at_a_glance(py, &param.destination) {
+                Some(data) => Gradient {
+                    data,
+                    strides: None,
+                },
+                None => match incoming[index].gradient(py, &param.destination) {
+                    Ok(Some(gradient)) => gradient,
+                    Ok(None) => continue,
+                    Err(refusal) => return Err(refusal.at(param.culprit("gradient", index))),
+                },
+            };
+            let is_like = gradient.strides.is_none();
+            if gradient.data != param.cleared || !is_like {
+                guard.check_gradient(params, index, &gradient)?;
+            }
+            let param = &mut params[index];
+            param.cleared = if is_like { gradient.data } else { 0 };
+            let Param {
+                destination, state, ..
+            } = param;
+            let is_flat = is_like && destination.is_like_state;
+            let layout = (!is_flat).then(|| layout(destination, &gradient));
+            let (p, g, numel) = (destination.data, gradient.data, destination.numel);
+            let piece = RawPiece {
+                p,
+                g,
+                numel,
+                state: *state,
+                index,
+            };
+            let (dtype, config, step) = (destination.dtype, group.config, steps[index]);
+            // SAFETY: the parameter and its gradient were read just now, with the GIL held and no
+            // Python code in between: writable, aligned (the gradient at least where it is walked
+            // densely), of this type and of one shape; what keeps their memory outlives the work.
+            // The state buffers were made for these parameters and options, and were found where
+            // they were. `guard` found that no two written arrays share an element, and that the
+            // gradient shares none with them.
+            unsafe { work.push(dtype, config, step, &mut hypers, piece, layout) };
         }
-        let param = &mut params[index];
-        param.cleared = if gradient.strides.is_none() {
-            gradient.data
-        } else {
-            0
-        };
-        let Param {
-            destination, state, ..
-        } = param;
-        let is_flat = gradient.strides.is_none() && destination.is_like_state;
-        let layout = (!is_flat).then(|| layout(destination, &gradient));
-        let (p, g, numel) = (destination.data, gradient.data, destination.numel);
-        let piece = RawPiece {
-            p,
-            g,
-            numel,
-            state: *state,
-            index,
-        };
-        // SAFETY: the parameter and its gradient were read just now, with the GIL held and no
-        // Python code in between: writable, aligned (the gradient at least where it is walked
-        // densely), of this type and of one shape; what keeps their memory outlives the work. The
-        // state buffers were made for these parameters and options. `guard` found that no two
-        // written arrays share an element, and that the gradient shares none with them.
-        unsafe {
-            work.push(
-                destination.dtype,
-                group.config,
-                steps[index],
-                &mut hypers,
-                piece,
-                layout,
-            );
-        }
+        Ok(true)
     }
-    Ok(true)
 }
 
 /// A dense piece before its type is known.

@@ -1,0 +1,66 @@
+"""What a NumPy array has and can be turned into, its `Parameter` has and can too."""
+
+import numpy as np
+import pytest
+from problems import bits, random_arrays
+from rmsprop import Parameter
+
+
+@pytest.fixture
+def array():
+    return random_arrays(0, [(2, 3)])[0]
+
+
+USES = {
+    "T": lambda x: x.T,
+    "nbytes": lambda x: x.nbytes,
+    "sum": lambda x: x.sum(axis=0),
+    "mean": lambda x: x.mean(),
+    "reshape": lambda x: x.reshape(3, 2),
+    "astype": lambda x: x.astype("float64"),
+    "tolist": lambda x: x.tolist(),
+    "copy": lambda x: x.copy(),
+    "len": len,
+    "iteration": list,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_attributes_and_methods(use, array):
+    result = use(Parameter(array))
+    assert not isinstance(result, Parameter)
+    assert bits(result) == bits(use(array))
+
+
+def test_views_are_of_its_memory(array):
+    param = Parameter(array)
+    param.T[2, 1] = 42
+    param.reshape(-1)[0] = 7
+    assert (array[1, 2], array[0, 0]) == (42, 7)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 2.5, np.nan])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_truth_of_one_element(value, shape):
+    array = np.full(shape, value, np.float32)
+    assert bool(Parameter(array)) is bool(array)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2,), (2, 3)])
+def test_truth_of_any_other_number(shape):
+    """An error, as with arrays, so that `if param:` does not pass for `if param is not None:`."""
+    with pytest.raises(ValueError, match="truth value"):
+        bool(Parameter(np.ones(shape, np.float32)))
+
+
+def test_float():
+    assert float(Parameter(np.array(2.5, np.float32))) == 2.5
+    with pytest.raises(TypeError):
+        float(Parameter(np.ones(2, np.float32)))
+
+
+def test_attributes_that_arrays_lack(array):
+    param = Parameter(array)
+    with pytest.raises(AttributeError):
+        param.requires_grad  # noqa: B018
+    assert not hasattr(param, "__array_interface__")
