@@ -41,15 +41,13 @@ def test_option_of_a_group(key, value, contiguous):
     assert bits([a, c, opt.state_dict()["state"]]) == before
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *(("max_grad_norm", sign * 10**400) for sign in (1, -1)),
-        *(("threads", sign * 2**power) for sign in (1, -1) for power in (63, 64, 70)),
-    ],
+    ("option", "power"),
+    [("max_grad_norm", 1024), ("threads", 63), ("threads", 64), ("threads", 70)],
 )
-def test_option_of_the_optimizer(option, value):
-    params = random_arrays(0)
+def test_option_of_the_optimizer(option, power, sign):
+    params, value = random_arrays(0), sign * 2**power
     with pytest.raises(ValueError, match=f"^{option}: expected a.* number"):
         RMSprop(params, **{option: value})
     opt = RMSprop(params)

@@ -27,7 +27,9 @@ def resident():
         return int(numbers.read().split()[1]) * resource.getpagesize()
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: that includes what the parent had resident when it forked.
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 def full(dtype=np.float32, value=1):
     return np.full(NUMEL, value, dtype)

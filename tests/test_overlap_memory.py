@@ -27,14 +27,6 @@ before = peak()
 opt = RMSprop([memory[::2], memory[1::2]])
 print(peak() - before)
 """,
-    "refusal": """
-before = peak()
-try:
-    RMSprop([memory[::2], memory[-1::-2], memory[-2:]])
-except ValueError as error:
-    assert "overlap" in str(error)
-    print(peak() - before)
-""",
     "step after a move": """
 third = Parameter(np.ones(4, np.float32))
 opt = RMSprop([memory[::2], memory[1::2], third])

@@ -242,7 +242,8 @@ class RMSprop(_core.Optimizer):
             norm = the p-norm of the p-norms of the gradients
             grad *= min(1, max_norm / (norm + 1e-6))
 
-        NaN and infinities spread as in torch's ``clip_grad_norm_``.
+        NaN and infinities spread as in torch's ``clip_grad_norm_``. A read-only gradient
+        (a JAX array) is replaced by a scaled array.
 
         Returns:
             One norm for each group that asks.
@@ -263,24 +264,25 @@ class RMSprop(_core.Optimizer):
                         f"clip_grad_max_norm of group {index}: expected a number >= 0,"
                         f" got {max_norm}"
                     )
-                grads = [getattr(p, "grad", None) for p in group["params"]]
-                arrays = [
-                    _writable(grad, f"gradient {k} of group {index}")
-                    for k, grad in enumerate(grads)
-                    if grad is not None
+                params = [
+                    p for p in group["params"] if getattr(p, "grad", None) is not None
                 ]
+                arrays = [as_ndarray(p.grad) for p in params]
                 norm = _norm(arrays, order)
                 if error_if_nonfinite and not np.isfinite(norm):
                     raise RuntimeError(
                         f"group {index}: expected a finite gradient norm of order"
                         f" {order}, got {norm}"
                     )
-                clips.append((arrays, norm, max_norm / (norm + 1e-6)))
+                clips.append((params, arrays, norm, max_norm / (norm + 1e-6)))
         with np.errstate(all="ignore"):
-            for arrays, _, factor in clips:
-                for array in arrays:
-                    np.multiply(array, 1.0 if factor > 1 else factor, out=array)
-        return [norm for _, norm, _ in clips]
+            for params, arrays, _, factor in clips:
+                for p, array in zip(params, arrays):
+                    if array.flags.writeable:
+                        np.multiply(array, 1.0 if factor > 1 else factor, out=array)
+                    elif factor <= 1 or np.isnan(factor):
+                        p.grad = array * array.dtype.type(factor)
+        return [norm for _, _, norm, _ in clips]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state and the options, in torch's shape; arrays are copies.
@@ -350,9 +352,7 @@ class RMSprop(_core.Optimizer):
             places[number]: checked(self, places[number], entry)
             for number, entry in saved_state.items()
         }
-        for index, entry in entries.items():
-            for key in entry:
-                self._create_state(index, key)
+        self._create_state([(i, key) for i, entry in entries.items() for key in entry])
         for group, new in zip(self.param_groups, groups):
             group.clear()
             group.update(new)
@@ -515,14 +515,6 @@ def _number(group: dict[str, Any], key: str, index: int) -> float:
             f"{key} of group {index}: expected a number, got {group[key]!r}"
         )
     return value
-
-
-def _writable(grad: Any, culprit: str) -> np.ndarray:
-    """A gradient as an array to write to."""
-    array = as_ndarray(grad)
-    if not array.flags.writeable:
-        raise ValueError(f"{culprit}: expected a writable array, got a read-only one")
-    return array
 
 
 def _norm(arrays: list[np.ndarray], order: float) -> float:

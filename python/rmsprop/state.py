@@ -99,8 +99,7 @@ class ParameterState(MutableMapping[str, Any]):
 
     def _restore(self, entry: Mapping[str, Any]) -> None:
         """Takes a checked entry whole: what it lacks goes back to its start."""
-        for key in entry:
-            self._optimizer._create_state(self._index, key)
+        self._optimizer._create_state([(self._index, key) for key in entry])
         for key in self:
             self._assign(key, entry.get(key, self._start(key)))
 
@@ -108,7 +107,7 @@ class ParameterState(MutableMapping[str, Any]):
         if key == "step":
             self._optimizer._set_steps(self._index, value)
             return
-        self._optimizer._create_state(self._index, key)
+        self._optimizer._create_state([(self._index, key)])
         self[key][...] = value
 
     def _start(self, key: str) -> Any:
@@ -160,8 +159,12 @@ def as_ndarray(value: Any) -> np.ndarray:
     """A NumPy view of any array that the core accepts."""
     if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, (_core.Parameter, np.generic)):
-        return np.asarray(value)
+    if isinstance(value, _core.Parameter):
+        return value.data
+    if isinstance(value, np.generic):
+        array = np.asarray(value)
+        array.flags.writeable = False  # a copy: what is written there would be lost
+        return array
     if hasattr(value, "detach"):
         # torch exports no tensor that requires grad, and NumPy before 2.1 takes an
         # exported one for read-only.

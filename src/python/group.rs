@@ -61,28 +61,35 @@ impl Half {
             .map(|buffer| buffer.as_ref().map_or(0, |buffer| buffer.data))
     }
 
-    /// Creates the state that is wanted and not there yet, all or none. True if there was some.
-    fn create(
-        &mut self,
+    /// The state that is wanted and not there yet, at its start values.
+    fn missing(
+        &self,
         py: Python<'_>,
         dtype: DType,
         config: &Config,
         is_wanted: impl Fn(StateKey) -> bool,
-    ) -> PyResult<bool> {
+    ) -> PyResult<NewState> {
         let is_missing = |key: StateKey| self.numel > 0 && self.state[key as usize].is_none();
         let create = |key: StateKey| match is_missing(key) && is_wanted(key) {
             true => Buffer::new(py, dtype, self.numel, key.start(config)).map(Some),
             false => Ok(None),
         };
         let [v, m, b] = StateKey::ALL.map(create);
-        let new = [v?, m?, b?];
+        Ok([v?, m?, b?])
+    }
+
+    /// Takes state that was missing. True if there is any.
+    fn adopt(&mut self, new: NewState) -> bool {
         let has_new = new.iter().any(Option::is_some);
         for (buffer, new) in self.state.iter_mut().zip(new) {
             *buffer = buffer.take().or(new);
         }
-        Ok(has_new)
+        has_new
     }
 }
+
+/// State that is to be added to a [`Half`].
+pub(crate) type NewState = [Option<Buffer>; 3];
 
 impl Group {
     pub fn work(&self) -> GroupWork<'_> {
@@ -124,7 +131,8 @@ impl Group {
             half.numel += param.destination.numel;
         }
         for (half, dtype) in halves.iter_mut().zip(DTYPES) {
-            half.create(py, dtype, &config, |key| key.is_used(&config))?;
+            let new = half.missing(py, dtype, &config, |key| key.is_used(&config))?;
+            half.adopt(new);
         }
         let group = Group {
             snapshot,
@@ -140,29 +148,38 @@ impl Group {
         Ok(group)
     }
 
-    /// Creates the state that is wanted and not there yet.
-    pub fn create(
-        &mut self,
+    /// The state that is wanted and not there yet, by type.
+    pub fn missing(
+        &self,
         py: Python<'_>,
-        params: &mut [Param],
-        guard: &mut Guard,
         config: &Config,
         is_wanted: impl Fn(StateKey, DType) -> bool,
-    ) -> PyResult<()> {
-        for (half, dtype) in self.halves.iter_mut().zip(DTYPES) {
-            if half.create(py, dtype, config, |key| is_wanted(key, dtype))? {
-                let addresses = half.addresses();
-                place(&mut params[self.range.clone()], dtype, addresses);
-                guard.forget();
-            }
+    ) -> PyResult<[NewState; 2]> {
+        let [f32, f64] = &self.halves;
+        let f32 = f32.missing(py, DType::F32, config, |key| is_wanted(key, DType::F32))?;
+        let f64 = f64.missing(py, DType::F64, config, |key| is_wanted(key, DType::F64))?;
+        Ok([f32, f64])
+    }
+
+    /// Takes state that was missing, and tells its parameters where it is.
+    pub fn adopt(&mut self, new: [NewState; 2], params: &mut [Param], guard: &mut Guard) {
+        let mut has_new = false;
+        for (half, new) in self.halves.iter_mut().zip(new) {
+            has_new |= half.adopt(new);
         }
-        Ok(())
+        if has_new {
+            self.place(&mut params[self.range.clone()]);
+            guard.forget();
+        }
     }
 
     /// Tells its parameters where their state is.
     fn place(&self, params: &mut [Param]) {
-        for (half, dtype) in self.halves.iter().zip(DTYPES) {
-            place(params, dtype, half.addresses());
+        for param in params {
+            let dtype = param.destination.dtype;
+            let start = param.offset * dtype.size();
+            let addresses = self.halves[dtype as usize].addresses();
+            param.state = addresses.map(|data| if data == 0 { 0 } else { data + start });
         }
     }
 
@@ -240,17 +257,6 @@ pub(crate) fn state_spans(groups: &[Group]) -> Vec<StateSpan> {
         }
     }
     spans
-}
-
-/// Tells the parameters of a type where their state is, of whose buffers these are the addresses.
-fn place(params: &mut [Param], dtype: DType, addresses: [usize; 3]) {
-    for param in params
-        .iter_mut()
-        .filter(|param| param.destination.dtype == dtype)
-    {
-        let start = param.offset * dtype.size();
-        param.state = addresses.map(|data| if data == 0 { 0 } else { data + start });
-    }
 }
 
 /// Moves the parameters of the groups that want it into flat buffers, and their gradients too if all

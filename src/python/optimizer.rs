@@ -240,19 +240,10 @@ impl Optimizer {
         }
     }
 
-    /// Creates a state array that its options do not ask for, at its start value.
-    fn _create_state(&self, py: Python<'_>, index: usize, key: &str) -> PyResult<()> {
-        let mut turn = self.contents.wait(py)?;
-        let (group, dtype) = turn.locate(index)?;
-        let Inner {
-            groups,
-            params,
-            guard,
-            ..
-        } = &mut *turn;
-        let config = groups[group].config.clone();
-        let is_wanted = |other: StateKey, of| other.name() == key && of == dtype;
-        groups[group].create(py, params, guard, &config, is_wanted)
+    /// Creates state arrays that options do not ask for, at their start values, all or none; pairs of
+    /// the parameter's index and the name.
+    fn _create_state(&self, py: Python<'_>, wanted: Vec<(usize, String)>) -> PyResult<()> {
+        self.contents.wait(py)?.create_state(py, &wanted)
     }
 
     /// How often a parameter was updated.
@@ -370,7 +361,7 @@ fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<usize> {
         Ok(Ok(threads)) if threads >= 1 => Ok(threads),
         Ok(_) => Err(PyValueError::new_err(refuse("a number >= 1")?)),
         Err(_) => Err(PyValueError::new_err(
-            "threads: expected a number that fits, got a larger one",
+            "threads: expected a number >= 1, got an integer too large for one",
         )),
     }
 }

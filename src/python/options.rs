@@ -118,7 +118,7 @@ pub(crate) fn not_a_number(
     }
     if error.is_instance_of::<PyOverflowError>(value.py()) {
         return PyValueError::new_err(format!(
-            "{key}{place}: expected a finite number, got a larger one"
+            "{key}{place}: expected a finite number, got an integer too large for one"
         ));
     }
     error

@@ -123,7 +123,7 @@ impl<'py> Grads<'py> {
                 PyValueError::new_err(message)
             }),
             Grads::Attributes => match &param.source {
-                Source::Parameter(parameter) => Ok(parameter
+                Source::Parameter(parameter) if !param.has_own_grad => Ok(parameter
                     .get()
                     .grad(py)
                     .unwrap_or_else(|| py.None().into_bound(py))),
@@ -322,8 +322,8 @@ impl Inner {
             self.rebind(py, index, &objects)?;
         }
         let group = &mut self.groups[index];
-        let is_wanted = |key: StateKey, _| key.is_used(&config);
-        group.create(py, &mut self.params, &mut self.guard, &config, is_wanted)?;
+        let new = group.missing(py, &config, |key, _| key.is_used(&config))?;
+        group.adopt(new, &mut self.params, &mut self.guard);
         group.config = config;
         group.snapshot = snapshot;
         Ok(())
@@ -461,6 +461,24 @@ impl Inner {
         PyFloatingPointError::new_err(format!(
             "{culprit}: expected finite values, got {found} at element {element}"
         ))
+    }
+
+    /// Creates state of parameters, by name, where it is not there yet: all or none.
+    pub fn create_state(&mut self, py: Python<'_>, wanted: &[(usize, String)]) -> PyResult<()> {
+        let mut places = Vec::with_capacity(wanted.len());
+        for (index, name) in wanted {
+            let (group, dtype) = self.locate(*index)?;
+            places.extend(StateKey::named(name).map(|key| (group, key, dtype)));
+        }
+        let mut new = Vec::with_capacity(self.groups.len());
+        for (index, group) in self.groups.iter().enumerate() {
+            let is_wanted = |key, dtype| places.contains(&(index, key, dtype));
+            new.push(group.missing(py, &group.config, is_wanted)?);
+        }
+        for (group, new) in self.groups.iter_mut().zip(new) {
+            group.adopt(new, &mut self.params, &mut self.guard);
+        }
+        Ok(())
     }
 
     /// Adds groups, all or none: dicts that have every option and a tuple of parameters, and the

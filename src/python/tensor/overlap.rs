@@ -19,34 +19,48 @@ struct Comb {
     pitch: usize,
 }
 
-/// Whether combs of one pitch interleave without touching. False says nothing: they may still be
-/// apart, or be no combs.
+/// Whether combs interleave without touching. False says nothing: they may still be apart, or be no
+/// combs.
 fn are_apart(combs: impl Iterator<Item = Option<Comb>>) -> bool {
+    /// Combs whose pitches have little in common are left to the search through all stretches.
+    const MOST_TEETH: usize = 1 << 12;
     let Some(combs) = combs.collect::<Option<Vec<_>>>() else {
         return false;
     };
-    let Some(&Comb {
-        start: origin,
-        pitch,
-        ..
-    }) = combs.first()
-    else {
+    let Some(&Comb { start: origin, .. }) = combs.first() else {
         return true;
     };
-    if combs.iter().any(|comb| comb.pitch != pitch) {
+    // What all of them look like repeats with the least common multiple of their pitches.
+    let period = combs.iter().try_fold(1usize, |period, comb| {
+        (period / greatest_common_divisor(period, comb.pitch)).checked_mul(comb.pitch)
+    });
+    let Some(period) = period.filter(|&period| isize::try_from(period).is_ok()) else {
+        return false;
+    };
+    let count: usize = combs.iter().map(|comb| period / comb.pitch).sum();
+    if count > MOST_TEETH.max(combs.len()) {
         return false;
     }
-    let teeth = combs.iter().map(|comb| {
+    let mut teeth = Vec::with_capacity(count + 1);
+    for comb in &combs {
         let place = (comb.start as isize).wrapping_sub(origin as isize);
-        (place.rem_euclid(pitch as isize) as usize, comb.length)
-    });
-    let mut teeth: Vec<(usize, usize)> = teeth.collect();
+        let place = place.rem_euclid(period as isize) as usize;
+        let places = (0..period / comb.pitch).map(|k| (place + k * comb.pitch) % period);
+        teeth.extend(places.map(|place| (place, comb.length)));
+    }
     teeth.sort_unstable();
-    // Around the circle: the first one once more, a pitch later.
-    teeth.push((teeth[0].0 + pitch, 0));
+    // Around the circle: the first one once more, a period later.
+    teeth.push((teeth[0].0 + period, 0));
     teeth
         .windows(2)
         .all(|pair| pair[0].0 + pair[0].1 <= pair[1].0)
+}
+
+fn greatest_common_divisor(mut a: usize, mut b: usize) -> usize {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
 }
 
 /// Not enough memory to tell.

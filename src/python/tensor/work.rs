@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicPtr, Ordering::Relaxed};
 
 use numpy::PyUntypedArray;
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi};
 
+use super::super::parameter::Parameter;
 use super::dlpack::{Exchange, Managed};
 use super::overlap::{Extent, Written};
 use super::{Buffer, DType, Destination, Gradient, Refusal, Source, Tensor, as_array, is_scalar};
@@ -21,6 +23,8 @@ pub(crate) struct Param {
     pub object: Py<PyAny>,
     pub name: Option<String>,
     pub source: Source,
+    /// Its class has a `grad` that is not `Parameter`'s.
+    pub has_own_grad: bool,
     pub destination: Destination,
     /// Its place in the state buffers of its group and type.
     pub offset: usize,
@@ -46,6 +50,7 @@ impl Param {
             object: object.clone().unbind(),
             name,
             source,
+            has_own_grad: has_own_grad(object)?,
             destination,
             offset: 0,
             state: [0; 3],
@@ -139,6 +144,16 @@ impl Param {
         keep.extend(tensor.managed.take());
         Ok(self.destination.move_to(tensor))
     }
+}
+
+/// Whether the object's class has a `grad` that is not `Parameter`'s.
+fn has_own_grad(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let name = intern!(object.py(), "grad");
+    let base = object.py().get_type::<Parameter>().getattr(name)?;
+    Ok(!object
+        .get_type()
+        .getattr(name)
+        .is_ok_and(|own| own.is(&base)))
 }
 
 /// "parameter 3 ('fc.weight')".
