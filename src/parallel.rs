@@ -12,9 +12,10 @@ use crate::error::Error;
 
 /// Bytes below which a step stays on the caller: half a million f32 elements, p g v.
 ///
-/// Waking a sleeping worker takes 25 to 40 µs. Medians of two runs after a pause of 300 µs, two cores
-/// of a Zen 5, 2026-11-22, one thread against two: 262 k elements 42 to 53 µs against 45 to 62; 524 k 94
-/// to 111 against 98 to 105; 786 k 174 to 276 against 151 to 196. Hot, two were no faster below 786 k.
+/// Waking a sleeping worker takes 25 to 40 µs. Medians of two runs after a pause of 300 µs, two
+/// cores of a Zen 5, 2026-11-22, one thread against two: 262 k elements 42 to 53 µs against 45 to
+/// 62; 524 k 94 to 111 against 98 to 105; 786 k 174 to 276 against 151 to 196. Hot, two were no
+/// faster below 786 k.
 const SERIAL_BYTES: usize = 10 << 20;
 
 /// How many of `threads` are worth waking for work that moves `bytes`.

@@ -259,8 +259,8 @@ pub(crate) fn state_spans(groups: &[Group]) -> Vec<StateSpan> {
     spans
 }
 
-/// Moves the parameters of the groups that want it into flat buffers, and their gradients too if all
-/// of a type have one that fits. All or none.
+/// Moves the parameters of the groups that want it into flat buffers, and their gradients too if
+/// all of a type have one that fits. All or none.
 pub(crate) fn flatten(py: Python<'_>, groups: &mut [Group], params: &mut [Param]) -> PyResult<()> {
     let mut flats = Vec::new();
     for group in groups.iter().filter(|group| group.is_contiguous) {
@@ -288,8 +288,8 @@ pub(crate) fn flatten(py: Python<'_>, groups: &mut [Group], params: &mut [Param]
 }
 
 impl Flat {
-    /// Buffers for the parameters of a type, filled, and the place of each parameter in them; None if
-    /// there is no element.
+    /// Buffers for the parameters of a type, filled, and the place of each parameter in them; None
+    /// if there is no element.
     fn new(py: Python<'_>, dtype: DType, params: &[Param]) -> PyResult<Option<(Flat, Homes)>> {
         let members = || {
             params

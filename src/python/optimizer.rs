@@ -240,8 +240,8 @@ impl Optimizer {
         }
     }
 
-    /// Creates state arrays that options do not ask for, at their start values, all or none; pairs of
-    /// the parameter's index and the name.
+    /// Creates state arrays that options do not ask for, at their start values, all or none; pairs
+    /// of the parameter's index and the name.
     fn _create_state(&self, py: Python<'_>, wanted: Vec<(usize, String)>) -> PyResult<()> {
         self.contents.wait(py)?.create_state(py, &wanted)
     }

@@ -420,8 +420,8 @@ impl Inner {
         }
     }
 
-    /// Tells torch that its tensors were written in place, so that a backward pass through what they
-    /// were raises instead of computing something else.
+    /// Tells torch that its tensors were written in place, so that a backward pass through what
+    /// they were raises instead of computing something else.
     fn tell_autograd(&self, py: Python<'_>) -> PyResult<()> {
         if !self.has_exchanged {
             return Ok(());

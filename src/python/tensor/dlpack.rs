@@ -111,8 +111,8 @@ impl Exchange {
     /// own storage), so the class that defines it must be the object's own; `torch.nn.Parameter` is
     /// the one subclass known to be a plain tensor.
     pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
-        /// What was found out, by type; few types are ever seen. The lock is taken with the GIL held
-        /// and nothing that might give the GIL away is done under it.
+        /// What was found out, by type; few types are ever seen. The lock is taken with the GIL
+        /// held and nothing that might give the GIL away is done under it.
         static KNOWN: Mutex<Vec<(Py<PyType>, Option<Exchange>)>> = Mutex::new(Vec::new());
         let class = object.get_type();
         let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);

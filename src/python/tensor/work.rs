@@ -203,8 +203,8 @@ impl Incoming {
         })
     }
 
-    /// Whatever a parameter may be, read-only or in a legacy capsule too, or a NumPy scalar, which is
-    /// what NumPy's reductions return for a parameter without dimensions.
+    /// Whatever a parameter may be, read-only or in a legacy capsule too, or a NumPy scalar, which
+    /// is what NumPy's reductions return for a parameter without dimensions.
     #[cold]
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Refusal> {
         let py = object.py();
@@ -420,8 +420,8 @@ pub(crate) struct Assembly<'x, 's> {
 }
 
 impl Assembly<'_, '_> {
-    /// Takes all groups. `state` lists the state buffers, `check_buffers` finds out whether they are
-    /// where they were.
+    /// Takes all groups. `state` lists the state buffers, `check_buffers` finds out whether they
+    /// are where they were.
     pub fn build<'g>(
         &mut self,
         py: Python<'_>,
@@ -496,9 +496,9 @@ impl Assembly<'_, '_> {
                         index,
                     };
                     let (config, step) = (group.config, steps[index]);
-                    // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were
-                    // found where they were; they have `numel` elements of this type, and no two of
-                    // them are the same.
+                    // SAFETY: p, g and the state are flat buffers of the optimizer's own, which
+                    // were found where they were; they have `numel` elements of this type, and no
+                    // two of them are the same.
                     unsafe { work.push(dtype, config, step, &mut hypers, piece, None) };
                 }
             }
