@@ -281,6 +281,15 @@ def test_unknown_group_keys_are_kept(contiguous):
     assert opt.state_dict()["param_groups"][0]["initial_lr"] == 0.5
 
 
+def test_a_checkpoint_without_clipping_does_not_switch_it_off():
+    saved = RMSprop(random_parameters(0), lr=0.5).state_dict()
+    group = {"params": random_parameters(0), "clip_grad_max_norm": 0.5}
+    opt = RMSprop([{**group, "clip_grad_norm_type": 2.0}])
+    opt.load_state_dict(saved)
+    loaded = opt.param_groups[0]
+    assert (loaded["lr"], loaded["clip_grad_max_norm"]) == (0.5, 0.5)
+
+
 # --- refused ----------------------------------------------------------------------------------
 
 

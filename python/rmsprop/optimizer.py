@@ -309,7 +309,8 @@ class RMSprop(_core.Optimizer):
         """Restores what :meth:`state_dict` or torch's RMSprop saved; arrays are copied.
 
         Options that are missing come from ``defaults``, state that is missing goes back
-        to its start. ``contiguous_params`` and the names stay as they are here. A
+        to its start. ``contiguous_params``, the names, and keys of a group that are no
+        options and not in the checkpoint (``clip_grad_max_norm``) stay as they are here. A
         checkpoint of another framework says nothing of its dialect: make the optimizer
         with that dialect first, as ``RMSprop(params, **dialect("torch"))``.
 
@@ -354,7 +355,6 @@ class RMSprop(_core.Optimizer):
         }
         self._create_state([(i, key) for i, entry in entries.items() for key in entry])
         for group, new in zip(self.param_groups, groups):
-            group.clear()
             group.update(new)
         for index, own_state in self.state.items():
             own_state._restore(entries.get(index, {}))

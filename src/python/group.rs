@@ -309,7 +309,7 @@ impl Flat {
         let strays = Arc::new(AtomicUsize::new(0));
         let mut homes = Vec::new();
         for (k, param) in members().enumerate() {
-            let Source::Parameter(parameter) = &param.source else {
+            let Source::Parameter(parameter, ..) = &param.source else {
                 continue;
             };
             let Destination { shape, .. } = &param.destination;
@@ -336,7 +336,7 @@ type Homes = Vec<(Py<Parameter>, Slot)>;
 
 /// The gradient of a parameter, if it is an array that fits.
 fn array_grad<'py>(py: Python<'py>, param: &Param) -> Option<Bound<'py, PyUntypedArray>> {
-    let Source::Parameter(parameter) = &param.source else {
+    let Source::Parameter(parameter, ..) = &param.source else {
         return None;
     };
     let grad = parameter

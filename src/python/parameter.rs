@@ -15,6 +15,8 @@ use super::tensor::Tensor;
 #[pyclass(subclass, frozen, weakref, module = "rmsprop._core")]
 pub(crate) struct Parameter {
     fields: Mutex<Fields>,
+    /// Assignments to `data`. Written under the lock.
+    version: AtomicUsize,
 }
 
 struct Fields {
@@ -78,14 +80,16 @@ impl Parameter {
         self.fields().data.bind(py).clone()
     }
 
-    /// As `data`, without a new reference.
+    /// The array, and how many were assigned before it.
+    pub fn data_and_version<'py>(&self, py: Python<'py>) -> (Bound<'py, PyUntypedArray>, usize) {
+        let fields = self.fields();
+        (fields.data.bind(py).clone(), self.version())
+    }
+
+    /// How many arrays were assigned: tells without taking the lock whether `data` still is the same.
     #[inline]
-    pub fn with_data<R>(
-        &self,
-        py: Python<'_>,
-        look: impl FnOnce(&Bound<'_, PyUntypedArray>) -> R,
-    ) -> R {
-        look(self.fields().data.bind(py))
+    pub fn version(&self) -> usize {
+        self.version.load(Relaxed)
     }
 
     #[inline]
@@ -105,6 +109,7 @@ impl Parameter {
     pub fn settle(&self, py: Python<'_>, slot: Slot) {
         let mut fields = self.fields();
         let data = std::mem::replace(&mut fields.data, slot.data.clone_ref(py));
+        self.version.fetch_add(1, Relaxed);
         let grad = std::mem::replace(
             &mut fields.grad,
             slot.grad.as_ref().map(|grad| grad.clone_ref(py)),
@@ -148,6 +153,7 @@ impl Parameter {
                 name,
                 slot: None,
             }),
+            version: AtomicUsize::new(0),
         })
     }
 
@@ -185,6 +191,7 @@ impl Parameter {
         let data = as_array(data)?.unbind();
         let mut fields = self.fields();
         let old = std::mem::replace(&mut fields.data, data);
+        self.version.fetch_add(1, Relaxed);
         fields.note();
         drop(fields);
         drop(old);

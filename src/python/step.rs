@@ -123,7 +123,7 @@ impl<'py> Grads<'py> {
                 PyValueError::new_err(message)
             }),
             Grads::Attributes => match &param.source {
-                Source::Parameter(parameter) if !param.has_own_grad => Ok(parameter
+                Source::Parameter(parameter, ..) if !param.has_own_grad => Ok(parameter
                     .get()
                     .grad(py)
                     .unwrap_or_else(|| py.None().into_bound(py))),
@@ -568,7 +568,7 @@ impl Inner {
                     ": expected a name of its own, got that of parameter {twin}"
                 ));
             }
-            if is_contiguous && !matches!(param.source, Source::Parameter(_)) {
+            if is_contiguous && !matches!(param.source, Source::Parameter(..)) {
                 let class = object.get_type().name()?;
                 return refuse(&format!(
                     ": expected, with contiguous_params, a Parameter, which can be moved, got {class}"

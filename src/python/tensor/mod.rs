@@ -295,8 +295,8 @@ impl Header {
 pub(crate) enum Source {
     /// A NumPy array, or one that shares its memory with a buffer.
     Array(Py<PyUntypedArray>),
-    /// Its `data`.
-    Parameter(Py<Parameter>),
+    /// Its `data`, and the count of assignments to it when that was read.
+    Parameter(Py<Parameter>, Py<PyUntypedArray>, usize),
     /// A type with the C exchange API.
     Exchange(Py<PyAny>, Exchange),
     /// An object that hands out a new capsule every time.
@@ -308,14 +308,22 @@ impl Source {
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         match self {
             Source::Array(array) => visit.call(array),
-            Source::Parameter(parameter) => visit.call(parameter),
+            Source::Parameter(parameter, data, _) => {
+                visit.call(parameter)?;
+                visit.call(data)
+            }
             Source::Exchange(object, _) | Source::Capsule(object) => visit.call(object),
         }
     }
 
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Source, Refusal> {
         if let Ok(parameter) = object.cast::<Parameter>() {
-            return Ok(Source::Parameter(parameter.clone().unbind()));
+            let (data, version) = parameter.get().data_and_version(object.py());
+            return Ok(Source::Parameter(
+                parameter.clone().unbind(),
+                data.unbind(),
+                version,
+            ));
         }
         if let Ok(array) = object.cast::<PyUntypedArray>() {
             return Ok(Source::Array(array.clone().unbind()));
@@ -336,12 +344,12 @@ impl Source {
         }
     }
 
-    /// The NumPy array behind it, if there is one.
+    /// The NumPy array that was read last, if it was one.
     #[inline]
     pub fn array<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyUntypedArray>> {
         match self {
             Source::Array(array) => Some(array.bind(py).clone()),
-            Source::Parameter(parameter) => Some(parameter.get().data(py)),
+            Source::Parameter(_, data, _) => Some(data.bind(py).clone()),
             _ => None,
         }
     }
@@ -351,18 +359,22 @@ impl Source {
     fn is_current(&self, py: Python<'_>, destination: &Destination) -> bool {
         match self {
             Source::Array(array) => destination.is_current(array.bind(py)),
-            Source::Parameter(parameter) => parameter
-                .get()
-                .with_data(py, |array| destination.is_current(array)),
+            Source::Parameter(parameter, data, version) => {
+                parameter.get().version() == *version && destination.is_current(data.bind(py))
+            }
             _ => false,
         }
     }
 
     /// Reads the memory as it is now.
-    pub fn read(&self, py: Python<'_>) -> Result<Tensor, Refusal> {
+    pub fn read(&mut self, py: Python<'_>) -> Result<Tensor, Refusal> {
         match self {
             Source::Array(array) => Tensor::of_array(array.bind(py)),
-            Source::Parameter(parameter) => Tensor::of_array(&parameter.get().data(py)),
+            Source::Parameter(parameter, data, version) => {
+                let now = parameter.get().data_and_version(py);
+                (*data, *version) = (now.0.unbind(), now.1);
+                Tensor::of_array(data.bind(py))
+            }
             Source::Exchange(object, exchange) => exchange.read(object.bind(py)),
             Source::Capsule(object) => {
                 dlpack::import_object(object.bind(py))?.ok_or_else(|| not_an_array(object.bind(py)))

@@ -38,7 +38,7 @@ impl Param {
     /// Reads a new parameter. `index` is for messages.
     pub fn new(object: &Bound<'_, PyAny>, name: Option<String>, index: usize) -> PyResult<Self> {
         let read = || {
-            let source = Source::of(object)?;
+            let mut source = Source::of(object)?;
             let tensor = source.read(object.py())?;
             tensor.check_destination()?;
             tensor.check_apart()?;
@@ -130,7 +130,7 @@ impl Param {
 
     #[cold]
     fn reread(&mut self, py: Python<'_>, index: usize, keep: &mut Vec<Managed>) -> PyResult<bool> {
-        let read = || {
+        let mut read = || {
             let tensor = self.source.read(py)?;
             self.destination.check_like(tensor.dtype, &tensor.shape)?;
             tensor.check_destination()?;
@@ -216,9 +216,9 @@ impl Incoming {
         }
         Ok(match Source::of(object)? {
             Source::Array(array) => Incoming::Array(array),
-            Source::Parameter(parameter) => Incoming::Array(parameter.get().data(py).unbind()),
+            Source::Parameter(_, data, _) => Incoming::Array(data),
             Source::Exchange(object, exchange) => Incoming::Exchange(Box::new((object, exchange))),
-            source @ Source::Capsule(_) => Incoming::Capsule(Box::new(source.read(py)?)),
+            mut source @ Source::Capsule(_) => Incoming::Capsule(Box::new(source.read(py)?)),
         })
     }
 
