@@ -39,6 +39,24 @@ def test_strides_that_make_it_overlap_itself(memory, param):
     assert opt.state[0]["step"] == 2
 
 
+def test_what_changed_without_a_gradient_is_checked_when_one_comes(memory, param):
+    opt = RMSprop([param, np.ones(3, np.float32)])
+    opt.step(grads=[GRAD, np.ones(3, np.float32)])
+    for spoil, mend in [
+        (lambda: setattr(param, "strides", 0), lambda: setattr(param, "strides", 8)),
+        (lambda: param.setflags(write=False), lambda: param.setflags(write=True)),
+    ]:
+        spoil()
+        opt.step(grads=[None, np.ones(3, np.float32)])
+        before = bits([memory, opt.state_dict()])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"parameter 0.*(overlap|read-only)"):
+                opt.step(grads=[GRAD, np.ones(3, np.float32)])
+            assert bits([memory, opt.state_dict()]) == before
+        mend()
+        opt.step(grads=[GRAD, np.ones(3, np.float32)])
+
+
 def test_strides_that_make_it_overlap_another(memory, param):
     opt = RMSprop([memory[1:16:2], param])
     opt.step(grads=[GRAD, GRAD])

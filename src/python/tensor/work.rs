@@ -100,21 +100,24 @@ impl Param {
 
     #[cold]
     fn reread_leniently(&mut self, py: Python<'_>) -> bool {
-        let mine = &mut self.destination;
-        match self.source.read(py) {
-            // A capsule is somewhere else each time it is made.
-            _ if matches!(self.source, Source::Capsule(_)) => mine.forget(),
-            Ok(tensor) if mine.check_like(tensor.dtype, &tensor.shape).is_ok() => {
-                let is_fit = tensor.check_destination().is_ok() && tensor.check_apart().is_ok();
-                let has_moved = mine.move_to(tensor);
-                if !is_fit {
-                    // It must not pass for one that was checked once it is to be written.
-                    mine.header = None;
-                }
-                has_moved
-            }
-            // Whatever it is now, it is nowhere that this step looks at.
-            _ => mine.forget(),
+        // A capsule is somewhere else each time it is made.
+        let read = if self.is_capsule() {
+            None
+        } else {
+            self.source.read(py).ok()
+        };
+        let is_fit = |tensor: &Tensor| {
+            self.destination
+                .check_like(tensor.dtype, &tensor.shape)
+                .is_ok()
+                && tensor.check_destination().is_ok()
+                && tensor.check_apart().is_ok()
+        };
+        match read.filter(is_fit) {
+            Some(tensor) => self.destination.move_to(tensor),
+            // Whatever it is now, it is nowhere that this step looks at, and must be checked anew
+            // before it is written.
+            None => self.destination.forget(),
         }
     }
 
