@@ -4,10 +4,12 @@ from itertools import chain, combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
-from rmsprop import RMSprop
+from producers import Versioned
+from rmsprop import Parameter, RMSprop
 
 NUMEL = 128
 INDICES = np.arange(NUMEL)
@@ -85,3 +87,12 @@ def test_many_interleaved_destinations():
     opt = RMSprop(list(matrix.T))
     opt.step(grads=list(np.ones_like(matrix).T))
     assert (matrix != 1).all()
+
+
+@pytest.mark.parametrize("wrap", [Versioned, Parameter, memoryview, torch.from_numpy])
+def test_kinds_of_destinations(wrap):
+    """Whatever shows the memory, at construction already."""
+    memory = np.ones(8, np.float32)
+    with pytest.raises(ValueError, match="parameter 1 overlaps parameter 0"):
+        RMSprop([wrap(memory[:5]), wrap(memory[4:])])
+    RMSprop([wrap(memory[:4]), wrap(memory[4:])])

@@ -500,7 +500,7 @@ impl Inner {
     }
 
     fn add_groups_or_fail(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
-        let first = self.groups.len();
+        let (first, old) = (self.groups.len(), self.params.len());
         for (dict, names) in groups {
             let place = format!(" of group {}", self.groups.len());
             let snapshot = Snapshot::new(dict);
@@ -524,7 +524,7 @@ impl Inner {
             self.groups.push(group);
         }
         // The others may have moved since they were last looked at.
-        for param in &mut self.params {
+        for param in &mut self.params[..old] {
             param.follow(py);
         }
         self.guard.forget();
