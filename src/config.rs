@@ -107,7 +107,7 @@ impl Config {
     }
 }
 
-/// Checks an option that is a number of gradient units.
+/// Checks `max_grad_norm`: > 0.
 pub(crate) fn validate_max_grad_norm(found: f64) -> Result<(), Error> {
     if found > 0.0 {
         return Ok(());

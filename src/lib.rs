@@ -30,7 +30,8 @@
 //! - All inputs are checked before the first write: an error leaves everything as it was
 //!   (`tests/errors.rs`).
 //! - No allocation that grows with the parameters after construction (`tests/allocation.rs`).
-//! - The caller's floating-point mode holds on every thread of a step, and stays the caller's.
+//! - On x86-64 the caller's floating-point mode holds on every thread of a step, and stays the
+//!   caller's.
 //! - After `fork` a child steps on threads of its own.
 //!
 //! # Features

@@ -46,8 +46,9 @@ impl<T: Real> RmsProp<T> {
     ///
     /// # Errors
     /// [`Error::Hyperparameter`] for an option out of range, [`Error::NoParameters`] for no
-    /// lengths, [`Error::TooLarge`], [`Error::Isa`] if `RMSPROP_ISA` names an instruction set this
-    /// processor does not have.
+    /// lengths, [`Error::TooLarge`], [`Error::OutOfMemory`], [`Error::Threads`] if
+    /// `RMSPROP_NUM_THREADS` is no number, [`Error::Isa`] if `RMSPROP_ISA` names an instruction set
+    /// this processor does not have.
     pub fn new(config: Config, lens: &[usize]) -> Result<Self, Error> {
         let isa = isa()?;
         let mut optimizer = RmsProp {
@@ -76,7 +77,7 @@ impl<T: Real> RmsProp<T> {
         let mut state = State::new(lens).ok_or(Error::TooLarge)?;
         state.create(&config)?;
         self.groups.push(Group { config, state });
-        self.storage = Storage::new(self.isa, self.parameters(), self.groups.len());
+        self.storage = Storage::new(self.isa, self.parameters(), self.numel());
         Ok(())
     }
 
@@ -102,7 +103,7 @@ impl<T: Real> RmsProp<T> {
     /// [`Error::Isa`] if this processor does not have it.
     pub fn with_isa(mut self, isa: Isa) -> Result<Self, Error> {
         self.isa = Isa::named(isa.name())?;
-        self.storage = Storage::new(self.isa, self.parameters(), self.groups.len());
+        self.storage = Storage::new(self.isa, self.parameters(), self.numel());
         Ok(self)
     }
 
@@ -214,6 +215,19 @@ impl<T: Real> RmsProp<T> {
             .iter()
             .map(|group| group.state.ranges.len())
             .sum()
+    }
+
+    /// Number of groups.
+    pub fn groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// Elements of all parameters.
+    fn numel(&self) -> usize {
+        self.groups
+            .iter()
+            .map(|group| group.state.numel())
+            .fold(0, usize::saturating_add)
     }
 
     /// The options of a group.

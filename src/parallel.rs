@@ -28,7 +28,8 @@ pub(crate) fn useful_threads(threads: usize, bytes: usize) -> usize {
 }
 
 /// The threads of an optimizer that was not told: `RMSPROP_NUM_THREADS`, or else as many as this
-/// process may use; its affinity and its cgroup's quota count. One without the feature `rayon`.
+/// process may use; its affinity and its cgroup's quota count. Without the feature `rayon` a step
+/// stays on the caller all the same.
 ///
 /// # Errors
 /// [`Error::Threads`] if `RMSPROP_NUM_THREADS` is not a number >= 1.

@@ -80,3 +80,20 @@ def test_views_can_be_assigned(contiguous):
     opt.state[0] = opt.state[1]
     assert bits(list(opt.state.values())) == bits([second, second, *rest])
     assert not np.shares_memory(opt.state[0]["square_avg"], opt.state[1]["square_avg"])
+
+
+def test_popped_state_is_what_it_was():
+    """And the entry goes back to its start."""
+    param = np.ones(3, np.float32)
+    opt = RMSprop([param])
+    opt.step(grads=[np.full(3, 2, np.float32)])
+    was = opt.state[0]["square_avg"].copy()
+    assert (opt.state[0].pop("square_avg") == was).all()
+    assert not opt.state[0]["square_avg"].any()
+    opt.state[0]["square_avg"] = was
+    popped = opt.state.pop(0)
+    assert popped["step"] == 1
+    assert (popped["square_avg"] == was).all()
+    assert opt.state[0]["step"] == 0
+    assert opt.state.pop(7, None) is None
+    assert 3 not in opt.state[0]

@@ -64,3 +64,26 @@ def test_attributes_that_arrays_lack(array):
     with pytest.raises(AttributeError):
         param.requires_grad  # noqa: B018
     assert not hasattr(param, "__array_interface__")
+
+
+def test_protocols():
+    matrix, scalar = Parameter(np.eye(2)), Parameter(np.array(2.5))
+    assert [row.tolist() for row in matrix] == [[1, 0], [0, 1]]
+    assert 1.0 in matrix
+    assert 3.0 not in matrix
+    assert (int(scalar), round(scalar), f"{scalar:.2f}") == (2, 2, "2.50")
+    with pytest.raises(TypeError):
+        list(scalar)
+
+
+def test_several_outputs_stay_parameters():
+    fraction, whole = Parameter(np.zeros(2)), Parameter(np.zeros(2))
+    result = np.modf(np.array([1.5, 2.25]), out=(fraction, whole))
+    assert result[0] is fraction
+    assert result[1] is whole
+    assert (fraction.data.tolist(), whole.data.tolist()) == ([0.5, 0.25], [1, 2])
+
+
+def test_name_is_text():
+    with pytest.raises(TypeError, match=r"name of a Parameter: expected a str.*got 3"):
+        Parameter(np.ones(2), name=3)

@@ -17,8 +17,7 @@ if hasattr(os, "register_at_fork"):
 
 #: Keyword arguments that a dialect leaves to the caller, in either front.
 _FREE = {
-    *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads"),
-    *("capturable", "foreach", "differentiable"),
+    *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads")
 }
 
 
@@ -225,10 +224,11 @@ class RMSprop(_core.Optimizer):
             for p in group["params"]:
                 if getattr(p, "grad", None) is None:
                     continue
-                array = as_ndarray(p.grad)
                 if set_to_none:
                     p.grad = None
-                elif array.flags.writeable:
+                    continue
+                array = _grad_array(p)
+                if array.flags.writeable:
                     array[...] = 0
                 else:
                     p.grad = np.zeros_like(array)
@@ -267,7 +267,7 @@ class RMSprop(_core.Optimizer):
                 params = [
                     p for p in group["params"] if getattr(p, "grad", None) is not None
                 ]
-                arrays = [as_ndarray(p.grad) for p in params]
+                arrays = [_grad_array(p) for p in params]
                 norm = _norm(arrays, order)
                 if error_if_nonfinite and not np.isfinite(norm):
                     raise RuntimeError(
@@ -515,6 +515,21 @@ def _number(group: dict[str, Any], key: str, index: int) -> float:
             f"{key} of group {index}: expected a number, got {group[key]!r}"
         )
     return value
+
+
+def _grad_array(parameter: Any) -> np.ndarray:
+    """The gradient of a parameter, of which there is one, as an array of floats."""
+    grad, name = parameter.grad, getattr(parameter, "name", None)
+    culprit = "grad" if name is None else f"grad of {name!r}"
+    try:
+        array = as_ndarray(grad)
+    except (TypeError, BufferError):
+        raise TypeError(
+            f"{culprit}: expected an array, got {type(grad).__name__}"
+        ) from None
+    if array.dtype.kind != "f":
+        raise TypeError(f"{culprit}: expected an array of floats, got {array.dtype}")
+    return array
 
 
 def _norm(arrays: list[np.ndarray], order: float) -> float:

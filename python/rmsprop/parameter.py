@@ -50,7 +50,9 @@ class Parameter(_core.Parameter, NDArrayOperatorsMixin):
             kwargs["out"] = tuple(array(x) for x in out)
         result = getattr(ufunc, method)(*map(array, inputs), **kwargs)
         # `w -= x` must leave w the Parameter that it was.
-        return out[0] if len(out) == 1 else result
+        if not out or result is NotImplemented:
+            return result
+        return out[0] if len(out) == 1 else out
 
     def __dlpack__(self, **kwargs: Any) -> Any:
         return self.data.__dlpack__(**kwargs)
@@ -86,6 +88,21 @@ class Parameter(_core.Parameter, NDArrayOperatorsMixin):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Any:
+        return iter(self.data)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.data
+
+    def __int__(self) -> int:
+        return int(self.data)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.data.item(), digits)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.data, spec) if spec else str(self)
 
     def __bool__(self) -> bool:
         return bool(self.data)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rmsprop.optimizer import RMSprop
 
 
-class State(MutableMapping[int, "ParameterState"]):
+class State(MutableMapping[int, Any]):
     """The state of every parameter, by its index over all groups.
 
     It is there from the start. Deleting an entry resets it to its start values.
@@ -38,6 +38,18 @@ class State(MutableMapping[int, "ParameterState"]):
     def __delitem__(self, index: int) -> None:
         self[index]._restore({})
 
+    def pop(self, index: int, *default: Any) -> Any:
+        """Resets an entry and returns what it was, as a plain dict."""
+        if index not in self and default:
+            return default[0]
+        entry = {key: _copied(value) for key, value in self[index].items()}
+        del self[index]
+        return entry
+
+    def popitem(self) -> tuple[int, Any]:
+        """Not offered: every parameter keeps an entry, so it would have no end."""
+        raise TypeError("state: expected pop(index), for entries never run out")
+
     def clear(self) -> None:
         """Resets every entry to its start values."""
         for index in self:
@@ -47,7 +59,7 @@ class State(MutableMapping[int, "ParameterState"]):
         return iter(range(len(self)))
 
     def __len__(self) -> int:
-        return self._optimizer._numel_params()
+        return self._optimizer._count_parameters()
 
     def __repr__(self) -> str:
         return repr({index: entry for index, entry in self.items()})
@@ -70,6 +82,8 @@ class ParameterState(MutableMapping[str, Any]):
         self._index = index
 
     def __getitem__(self, key: str) -> Any:
+        if not isinstance(key, str):
+            raise KeyError(key)
         if key == "step":
             return self._optimizer._steps(self._index)
         return self._optimizer._state_array(self._index, key)
@@ -97,6 +111,18 @@ class ParameterState(MutableMapping[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
+    def pop(self, key: str, *default: Any) -> Any:
+        """Resets a value and returns what it was."""
+        if key not in self and default:
+            return default[0]
+        value = _copied(self[key])
+        del self[key]
+        return value
+
+    def popitem(self) -> tuple[str, Any]:
+        """Not offered: every key keeps a value, so it would have no end."""
+        raise TypeError("state: expected pop(key), for keys never run out")
+
     def _restore(self, entry: Mapping[str, Any]) -> None:
         """Takes a checked entry whole: what it lacks goes back to its start."""
         self._optimizer._create_state([(self._index, key) for key in entry])
@@ -114,6 +140,10 @@ class ParameterState(MutableMapping[str, Any]):
         if key != "square_avg":
             return 0
         return self._optimizer._group_of(self._index)["initial_square_avg"]
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def checked(optimizer: RMSprop, index: int, entry: Mapping[str, Any]) -> dict[str, Any]:

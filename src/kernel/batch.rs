@@ -145,12 +145,14 @@ unsafe impl<T: Send> Send for Pieces<T> {}
 unsafe impl<T: Sync> Sync for Pieces<T> {}
 
 impl<T: Real> Storage<T> {
-    /// Room for that many parameters and groups without another allocation.
-    pub fn new(isa: Isa, parameters: usize, groups: usize) -> Self {
+    /// Room for that many parameters, of that many elements in all, without another allocation.
+    /// Room that is never used is never touched.
+    pub fn new(isa: Isa, parameters: usize, numel: usize) -> Self {
         Storage(Pieces {
             pieces: Vec::with_capacity(parameters),
-            hypers: Vec::with_capacity(groups),
+            hypers: Vec::with_capacity(parameters),
             ends: Vec::with_capacity(parameters),
+            squares: Vec::with_capacity(numel.div_ceil(norm::CHUNK)),
             ..Pieces::new(isa)
         })
     }

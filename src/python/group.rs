@@ -247,7 +247,7 @@ pub(crate) fn state_spans(groups: &[Group]) -> Vec<StateSpan> {
     for (index, group) in groups.iter().enumerate() {
         for (half, dtype) in group.halves.iter().zip(DTYPES) {
             for (buffer, key) in half.state.iter().zip(StateKey::ALL) {
-                let name = || format!("state {} of group {index}", key.name());
+                let name = || format!("state {} of group {index}, {}", key.name(), dtype.name());
                 spans.extend(
                     buffer
                         .as_ref()

@@ -54,9 +54,10 @@ impl Optimizer {
             guard: Guard::default(),
             clipping: Clipping::default(),
             threads: None,
-            default_threads: default_threads()?,
+            default_threads: 1,
             last_grad_norm: None,
             skipped_steps: 0,
+            isa,
             f32: Storage::new(isa, 0, 0),
             f64: Storage::new(isa, 0, 0),
             incoming: Vec::new(),
@@ -110,15 +111,21 @@ impl Optimizer {
     }
 
     #[setter(param_groups)]
-    fn set_param_groups(&self, groups: Bound<'_, PyList>) {
+    fn set_param_groups(&self, groups: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Ok(groups) = groups.cast::<PyList>() else {
+            let class = groups.get_type().name()?;
+            let message = format!("param_groups: expected a list, got {class}");
+            return Err(PyTypeError::new_err(message));
+        };
         let mut place = self
             .param_groups
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let old = std::mem::replace(&mut *place, groups.unbind());
+        let old = std::mem::replace(&mut *place, groups.clone().unbind());
         // Dropping it may run Python code that comes back here.
         drop(place);
         drop(old);
+        Ok(())
     }
 
     /// Updates every parameter that has a gradient, in place, by the rule in `rmsprop`'s
@@ -227,8 +234,8 @@ impl Optimizer {
             let message = format!("{}: expected step or one of {names}", culprit());
             return Err(PyValueError::new_err(message));
         }
-        let refused = Incoming::of(value).and_then(|value| value.gradient(py, &param.destination));
-        match refused {
+        let outcome = Incoming::of(value).and_then(|value| value.gradient(py, &param.destination));
+        match outcome {
             Ok(Some(_)) => Ok(()),
             Ok(None) => Err(PyValueError::new_err(format!(
                 "{}: expected an array, got None",
@@ -261,7 +268,7 @@ impl Optimizer {
     }
 
     /// The number of parameters over all groups.
-    fn _numel_params(&self, py: Python<'_>) -> PyResult<usize> {
+    fn _count_parameters(&self, py: Python<'_>) -> PyResult<usize> {
         Ok(self.contents.wait(py)?.params.len())
     }
 
@@ -279,7 +286,11 @@ impl Optimizer {
             false => {
                 let wrong = |error| not_a_number(error, "max_grad_norm", "", value);
                 let number: f64 = value.extract().map_err(wrong)?;
-                validate_max_grad_norm(number)?;
+                if validate_max_grad_norm(number).is_err() {
+                    let found = value.repr()?;
+                    let message = format!("max_grad_norm: expected a number > 0, got {found}");
+                    return Err(PyValueError::new_err(message));
+                }
                 Some(number)
             }
         };
@@ -323,11 +334,12 @@ impl Optimizer {
 
     #[setter(threads)]
     fn set_threads(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let threads = match value.is_none() {
-            true => None,
-            false => Some(threads_of(value)?),
+        let (threads, default) = match value.is_none() {
+            true => (None, default_threads()?),
+            false => (Some(threads_of(value)?), 1),
         };
-        self.contents.wait(py)?.threads = threads;
+        let mut contents = self.contents.wait(py)?;
+        (contents.threads, contents.default_threads) = (threads, default);
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numpy::PyUntypedArray;
+use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
@@ -86,7 +87,8 @@ impl Parameter {
         (fields.data.bind(py).clone(), self.version())
     }
 
-    /// How many arrays were assigned: tells without taking the lock whether `data` still is the same.
+    /// How many arrays were assigned: tells without taking the lock whether `data` still is the
+    /// same.
     #[inline]
     pub fn version(&self) -> usize {
         self.version.load(Relaxed)
@@ -125,7 +127,7 @@ impl Parameter {
 }
 
 /// The array that `data` stands for.
-fn as_array<'py>(data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+fn as_float_array<'py>(data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
     let py = data.py();
     let array = match data.cast::<PyUntypedArray>() {
         Ok(array) => array.clone(),
@@ -140,12 +142,25 @@ fn as_array<'py>(data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray
     Ok(array)
 }
 
+fn name_of(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {
+    let Some(name) = name else { return Ok(None) };
+    name.extract().map(Some).map_err(|_| {
+        let found = name
+            .repr()
+            .map_or_else(|_| String::new(), |repr| repr.to_string());
+        PyTypeError::new_err(format!(
+            "name of a Parameter: expected a str or None, got {found}"
+        ))
+    })
+}
+
 #[pymethods]
 impl Parameter {
     #[new]
     #[pyo3(signature = (data, name = None))]
-    fn new(data: &Bound<'_, PyAny>, name: Option<String>) -> PyResult<Self> {
-        let data = as_array(data)?.unbind();
+    fn new(data: &Bound<'_, PyAny>, name: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let data = as_float_array(data)?.unbind();
+        let name = name_of(name)?;
         Ok(Parameter {
             fields: Mutex::new(Fields {
                 data,
@@ -188,7 +203,7 @@ impl Parameter {
 
     #[setter(data)]
     fn set_data(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        let data = as_array(data)?.unbind();
+        let data = as_float_array(data)?.unbind();
         let mut fields = self.fields();
         let old = std::mem::replace(&mut fields.data, data);
         self.version.fetch_add(1, Relaxed);
@@ -220,7 +235,8 @@ impl Parameter {
     }
 
     #[setter(name)]
-    fn set_name(&self, name: Option<String>) {
-        self.fields().name = name;
+    fn set_name(&self, name: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.fields().name = name_of(name)?;
+        Ok(())
     }
 }

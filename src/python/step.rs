@@ -14,6 +14,7 @@ use super::options::{Snapshot, config_of, is_contiguous};
 use super::tensor::work::{Assembly, Guard, Incoming, Param, Work};
 use super::tensor::{DType, Source, is_same};
 use crate::kernel::batch::Storage;
+use crate::kernel::dispatch::Isa;
 use crate::optimizer::{Clipping, Gradients, Outcome};
 use crate::state::StateKey;
 
@@ -39,6 +40,7 @@ pub(crate) struct Inner {
     pub default_threads: usize,
     pub last_grad_norm: Option<f64>,
     pub skipped_steps: u64,
+    pub isa: Isa,
     /// Kept from step to step so that a step allocates nothing.
     pub f32: Storage<f32>,
     pub f64: Storage<f64>,
@@ -258,6 +260,7 @@ impl Inner {
         match verdict.outcome {
             Outcome::Update { .. } => {
                 self.count_steps();
+                self.last_grad_norm = verdict.norm;
                 self.tell_autograd(py)?;
             }
             Outcome::Skip => self.skipped_steps += 1,
@@ -309,7 +312,8 @@ impl Inner {
         let is_contiguous = is_contiguous(dict)?;
         let group = &mut self.groups[index];
         if is_contiguous != group.is_contiguous {
-            let (wanted, found) = (group.is_contiguous, is_contiguous);
+            let python = |flag| if flag { "True" } else { "False" };
+            let (wanted, found) = (python(group.is_contiguous), python(is_contiguous));
             return Err(PyValueError::new_err(format!(
                 "contiguous_params{place}: expected {wanted} as at its construction, got {found}"
             )));
@@ -331,7 +335,16 @@ impl Inner {
 
     /// Takes another list of parameters for a group: as many, each of the shape and type it had.
     fn rebind(&mut self, py: Python<'_>, group: usize, objects: &Bound<'_, PyAny>) -> PyResult<()> {
-        let objects = PyTuple::new(py, objects.try_iter()?.collect::<PyResult<Vec<_>>>()?)?;
+        let class = objects.get_type().name()?;
+        let wrong = |_| {
+            let message = format!("params of group {group}: expected parameters, got {class}");
+            PyTypeError::new_err(message)
+        };
+        let objects = objects
+            .try_iter()
+            .map_err(wrong)?
+            .collect::<PyResult<Vec<_>>>()?;
+        let objects = PyTuple::new(py, objects)?;
         let range = self.groups[group].range.clone();
         if objects.len() != range.len() {
             return Err(PyValueError::new_err(format!(
@@ -493,6 +506,18 @@ impl Inner {
             self.params.truncate(first);
         }
         self.has_exchanged = self.params.iter().any(Param::is_exchanged);
+        let room = |dtype: DType| {
+            let members = self
+                .params
+                .iter()
+                .filter(|param| param.destination.dtype == dtype);
+            members.fold((0, 0), |(count, numel), param| {
+                (count + 1, numel + param.destination.numel)
+            })
+        };
+        let (f32, f64) = (room(DType::F32), room(DType::F64));
+        self.f32 = Storage::new(self.isa, f32.0, f32.1);
+        self.f64 = Storage::new(self.isa, f64.0, f64.1);
         self.steps.resize(self.params.len(), 0);
         self.incoming
             .resize_with(self.params.len(), Incoming::default);
@@ -506,7 +531,8 @@ impl Inner {
             let snapshot = Snapshot::new(dict);
             let config = config_of(dict, &place)?;
             let is_contiguous = is_contiguous(dict)?;
-            let missing = || PyValueError::new_err(format!("params{place}: expected a tuple"));
+            let missing =
+                || PyValueError::new_err(format!("params{place}: expected a tuple, got none"));
             let objects = dict.get_item(intern!(py, "params"))?.ok_or_else(missing)?;
             let objects = objects.cast_into::<PyTuple>()?;
             let start = self.params.len();

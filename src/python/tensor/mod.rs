@@ -1,7 +1,7 @@
 //! The second door to unsafe code: memory that belongs to Python objects.
 //!
 //! Whatever comes in (NumPy, DLPack, buffers) becomes a [`Tensor`]: an address with a type, a shape
-//! and strides, checked here. What other modules do with it is safe until [`push`] turns checked
+//! and strides, checked here. What other modules do with it is safe until [`work`] turns checked
 //! tensors into work for the kernel.
 
 pub(crate) mod dlpack;

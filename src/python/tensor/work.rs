@@ -274,7 +274,7 @@ impl Incoming {
 
 /// A state buffer, as far as overlaps are concerned.
 pub(crate) struct StateSpan {
-    /// "square_avg of group 0".
+    /// "state square_avg of group 0, float32".
     pub name: String,
     pub data: usize,
     pub shape: [usize; 1],
