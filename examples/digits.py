@@ -161,7 +161,8 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     left.set(title="Training loss (cross-entropy)", ylabel="nats", yscale="log")
     right.set(title="Test accuracy", ylabel="%", ylim=(90, 99))
     right.legend(loc="lower right")
-    figure.suptitle(f"RMSprop dialects on 8 x 8 digits, {len(seeds)} seeds each")
+    title = f"RMSprop dialects on 8 x 8 digits, mean and range of {len(seeds)} seeds"
+    figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

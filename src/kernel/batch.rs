@@ -19,6 +19,10 @@ const GATHER: usize = 512;
 /// The arrays of one parameter: p g v m b.
 const ARRAYS: usize = 5;
 
+/// What a plain step moves of each element: p and v read and written, g read. Options move more,
+/// which only makes threads pay earlier.
+const STREAMS: usize = 5;
+
 /// The place of g among them: the one that is not written.
 const GRADIENT: usize = 1;
 
@@ -243,7 +247,7 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     /// Bytes that an update reads and writes, about.
     #[cfg(feature = "python")] // There the GIL is at stake.
     pub fn bytes(&self) -> usize {
-        self.pieces.numel * ARRAYS * size_of::<T>()
+        self.pieces.numel * STREAMS * size_of::<T>()
     }
 
     /// The sum of the squares of all gradients, in `f64` ([`norm`]).
@@ -256,11 +260,11 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
             pieces.squares_of(0..chunks, |_, square| sum += square);
             return sum;
         }
-        const GROUP: usize = CHUNK / norm::CHUNK;
+        const TOGETHER: usize = CHUNK / norm::CHUNK;
         pieces.squares.resize_with(chunks, AtomicU64::default);
-        self.on_threads(chunks.div_ceil(GROUP), threads, |pieces, group| {
-            let end = ((group + 1) * GROUP).min(pieces.squares.len());
-            pieces.squares_of(group * GROUP..end, |chunk, square| {
+        self.on_threads(chunks.div_ceil(TOGETHER), threads, |pieces, part| {
+            let end = ((part + 1) * TOGETHER).min(pieces.squares.len());
+            pieces.squares_of(part * TOGETHER..end, |chunk, square| {
                 pieces.squares[chunk].store(square.to_bits(), Relaxed);
             });
         });
@@ -311,7 +315,7 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     /// Updates every parameter and its state.
     pub fn update(mut self, threads: usize) {
         let pieces = &*self.pieces;
-        let threads = parallel::useful_threads(threads, pieces.numel * ARRAYS * size_of::<T>());
+        let threads = parallel::useful_threads(threads, pieces.numel * STREAMS * size_of::<T>());
         if threads <= 1 {
             for piece in &pieces.pieces {
                 pieces.update_range(piece, 0, piece.numel);
