@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmsprop import _core
-from rmsprop.state import State, as_ndarray, checked
+from rmsprop.state import State, as_ndarray, checked, copied
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_core._after_fork)
@@ -292,10 +292,7 @@ class RMSprop(_core.Optimizer):
             ['param_groups', 'state']
         """
         state = {
-            index: {
-                key: value.copy() if isinstance(value, np.ndarray) else value
-                for key, value in entry.items()
-            }
+            index: {key: copied(value) for key, value in entry.items()}
             for index, entry in self.state.items()
         }
         groups, first = [], 0

@@ -42,7 +42,7 @@ class State(MutableMapping[int, Any]):
         """Resets an entry and returns what it was, as a plain dict."""
         if index not in self and default:
             return default[0]
-        entry = {key: _copied(value) for key, value in self[index].items()}
+        entry = {key: copied(value) for key, value in self[index].items()}
         del self[index]
         return entry
 
@@ -115,7 +115,7 @@ class ParameterState(MutableMapping[str, Any]):
         """Resets a value and returns what it was."""
         if key not in self and default:
             return default[0]
-        value = _copied(self[key])
+        value = copied(self[key])
         del self[key]
         return value
 
@@ -142,7 +142,8 @@ class ParameterState(MutableMapping[str, Any]):
         return self._optimizer._group_of(self._index)["initial_square_avg"]
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A value of the state that no longer is the optimizer's memory."""
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
