@@ -34,16 +34,27 @@ pub(crate) fn useful_threads(threads: usize, bytes: usize) -> usize {
 /// # Errors
 /// [`Error::Threads`] if `RMSPROP_NUM_THREADS` is not a number >= 1.
 pub fn default_threads() -> Result<usize, Error> {
+    Ok(match threads_from_environment()? {
+        Some(threads) => threads,
+        None if cfg!(feature = "rayon") => {
+            std::thread::available_parallelism().map_or(1, usize::from)
+        }
+        None => 1,
+    })
+}
+
+/// What `RMSPROP_NUM_THREADS` says, if anything.
+///
+/// # Errors
+/// As [`default_threads`].
+pub(crate) fn threads_from_environment() -> Result<Option<usize>, Error> {
     let name = "RMSPROP_NUM_THREADS";
     let Some(value) = std::env::var_os(name).filter(|value| !value.is_empty()) else {
-        return Ok(match cfg!(feature = "rayon") {
-            true => std::thread::available_parallelism().map_or(1, usize::from),
-            false => 1,
-        });
+        return Ok(None);
     };
     let found = value.to_string_lossy().into_owned();
     match found.trim().parse() {
-        Ok(threads) if threads >= 1 => Ok(threads),
+        Ok(threads) if threads >= 1 => Ok(Some(threads)),
         _ => Err(Error::Threads { name, found }),
     }
 }

@@ -17,7 +17,8 @@ if hasattr(os, "register_at_fork"):
 
 #: Keyword arguments that a dialect leaves to the caller, in either front.
 _FREE = {
-    *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads")
+    *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads"),
+    *("capturable", "foreach", "differentiable"),
 }
 
 

@@ -250,6 +250,55 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
         self.pieces.numel * STREAMS * size_of::<T>()
     }
 
+    /// Whether no piece writes where another one reads or writes, so that they may be updated in
+    /// any order; strided pieces count with all that is between their ends.
+    #[cfg(feature = "python")] // Rust's slices are apart.
+    pub fn is_apart(&self) -> bool {
+        let Pieces {
+            pieces,
+            hypers,
+            layouts,
+            ..
+        } = &*self.pieces;
+        let mut spans = Vec::with_capacity(pieces.len() * ARRAYS);
+        for piece in pieces {
+            let h = &hypers[piece.hyper as usize];
+            let arrays = [
+                (piece.p, true),
+                (piece.g.cast_mut(), true),
+                (piece.v, true),
+                (piece.m, h.centered),
+                (piece.b, h.has_momentum()),
+            ];
+            for (array, (data, _)) in arrays.iter().enumerate().filter(|(_, (_, used))| *used) {
+                let (mut start, mut end) = (data.addr(), data.addr() + size_of::<T>());
+                match layouts.get(piece.layout as usize) {
+                    None => end += (piece.numel - 1) * size_of::<T>(),
+                    Some(layout) => {
+                        for dim in &layout.dims {
+                            let reach = dim.strides[array] * (dim.len as isize - 1);
+                            match reach < 0 {
+                                true => start = start.wrapping_add_signed(reach),
+                                false => end = end.wrapping_add_signed(reach),
+                            }
+                        }
+                    }
+                }
+                spans.push((start, end, array != GRADIENT));
+            }
+        }
+        spans.sort_unstable();
+        let (mut any_end, mut written_end) = (0, 0);
+        spans.iter().all(|&(start, end, is_written)| {
+            let is_apart = start >= if is_written { any_end } else { written_end };
+            any_end = any_end.max(end);
+            if is_written {
+                written_end = written_end.max(end);
+            }
+            is_apart
+        })
+    }
+
     /// The sum of the squares of all gradients, in `f64` ([`norm`]).
     pub fn sum_squares(&mut self, threads: usize) -> f64 {
         let pieces = &mut *self.pieces;

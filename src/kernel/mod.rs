@@ -136,7 +136,7 @@ impl<T: Real> Hyper<T> {
                 (true, false) => Momentum::HeavyBall,
                 (true, true) => Momentum::Nesterov,
             },
-            decay_rule: match (weight_decay > 0.0, config.decoupled_weight_decay) {
+            decay_rule: match (weight_decay != 0.0, config.decoupled_weight_decay) {
                 (false, _) => Decay::Off,
                 (true, false) => Decay::L2,
                 (true, true) => Decay::Decoupled,

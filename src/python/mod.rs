@@ -9,6 +9,7 @@ mod parameter;
 mod step;
 #[allow(unsafe_code)] // The second of two doors: tensor import.
 mod tensor;
+mod torch;
 mod turn;
 
 use pyo3::prelude::*;
@@ -38,6 +39,13 @@ fn check_options(options: &Bound<'_, PyDict>, place: &str) -> PyResult<()> {
     options::config_of(options, place).map(|_| ())
 }
 
+/// As `check_options`, for the torch front: torch's own options are checked by type only, and the
+/// others may be missing.
+#[pyfunction]
+fn check_torch_options(options: &Bound<'_, PyDict>, place: &str) -> PyResult<()> {
+    options::torch_config_of(options, place).map(|_| ())
+}
+
 /// What runs: version, instruction set, threads, features.
 #[pyfunction]
 fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
@@ -54,7 +62,8 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
-#[pymodule(gil_used = false)]
+// What arrays, tensors and dicts lend is read without a lock: the GIL is what keeps others away.
+#[pymodule(gil_used = true)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     if let Err(error) = isa() {
         return Err(pyo3::exceptions::PyImportError::new_err(error.to_string()));
@@ -62,8 +71,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<optimizer::Optimizer>()?;
     module.add_class::<parameter::Parameter>()?;
+    module.add_class::<torch::Stepper>()?;
     module.add_function(wrap_pyfunction!(dialect, module)?)?;
     module.add_function(wrap_pyfunction!(check_options, module)?)?;
+    module.add_function(wrap_pyfunction!(check_torch_options, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(turn::after_fork, module)?)
 }

@@ -281,19 +281,7 @@ impl Optimizer {
 
     #[setter(max_grad_norm)]
     fn set_max_grad_norm(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let max_grad_norm = match value.is_none() {
-            true => None,
-            false => {
-                let wrong = |error| not_a_number(error, "max_grad_norm", "", value);
-                let number: f64 = value.extract().map_err(wrong)?;
-                if validate_max_grad_norm(number).is_err() {
-                    let found = value.repr()?;
-                    let message = format!("max_grad_norm: expected a number > 0, got {found}");
-                    return Err(PyValueError::new_err(message));
-                }
-                Some(number)
-            }
-        };
+        let max_grad_norm = max_grad_norm_of(value)?;
         self.contents.wait(py)?.clipping.max_grad_norm = max_grad_norm;
         Ok(())
     }
@@ -301,27 +289,12 @@ impl Optimizer {
     /// What a step does with an infinite or NaN gradient: "propagate", "skip" or "raise".
     #[getter(nonfinite)]
     fn get_nonfinite(&self, py: Python<'_>) -> PyResult<&'static str> {
-        Ok(match self.contents.wait(py)?.clipping.nonfinite {
-            Nonfinite::Propagate => "propagate",
-            Nonfinite::Skip => "skip",
-            Nonfinite::Raise => "raise",
-        })
+        Ok(nonfinite_name(self.contents.wait(py)?.clipping.nonfinite))
     }
 
     #[setter(nonfinite)]
     fn set_nonfinite(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let nonfinite = match value.extract::<&str>() {
-            Ok("propagate") => Nonfinite::Propagate,
-            Ok("skip") => Nonfinite::Skip,
-            Ok("raise") => Nonfinite::Raise,
-            _ => {
-                let message = format!(
-                    "nonfinite: expected 'propagate', 'skip' or 'raise', got {}",
-                    value.repr()?
-                );
-                return Err(PyValueError::new_err(message));
-            }
-        };
+        let nonfinite = nonfinite_of(value)?;
         self.contents.wait(py)?.clipping.nonfinite = nonfinite;
         Ok(())
     }
@@ -363,7 +336,43 @@ impl Optimizer {
     }
 }
 
-fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<usize> {
+pub(crate) fn max_grad_norm_of(value: &Bound<'_, PyAny>) -> PyResult<Option<f64>> {
+    if value.is_none() {
+        return Ok(None);
+    }
+    let wrong = |error| not_a_number(error, "max_grad_norm", "", value);
+    let number: f64 = value.extract().map_err(wrong)?;
+    if validate_max_grad_norm(number).is_err() {
+        let found = value.repr()?;
+        let message = format!("max_grad_norm: expected a number > 0, got {found}");
+        return Err(PyValueError::new_err(message));
+    }
+    Ok(Some(number))
+}
+
+pub(crate) fn nonfinite_of(value: &Bound<'_, PyAny>) -> PyResult<Nonfinite> {
+    Ok(match value.extract::<&str>() {
+        Ok("propagate") => Nonfinite::Propagate,
+        Ok("skip") => Nonfinite::Skip,
+        Ok("raise") => Nonfinite::Raise,
+        _ => {
+            let found = value.repr()?;
+            return Err(PyValueError::new_err(format!(
+                "nonfinite: expected 'propagate', 'skip' or 'raise', got {found}"
+            )));
+        }
+    })
+}
+
+pub(crate) fn nonfinite_name(nonfinite: Nonfinite) -> &'static str {
+    match nonfinite {
+        Nonfinite::Propagate => "propagate",
+        Nonfinite::Skip => "skip",
+        Nonfinite::Raise => "raise",
+    }
+}
+
+pub(crate) fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<usize> {
     let refuse =
         |wanted: &str| PyResult::Ok(format!("threads: expected {wanted}, got {}", value.repr()?));
     if !value.is_instance_of::<PyInt>() && !value.hasattr("__index__")? {

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::tensor::is_same;
+use super::tensor::dict::{Entries, Moved};
 use crate::config::Config;
 use crate::error::Error;
 
@@ -43,38 +43,101 @@ const CONTIGUOUS: &str = "contiguous_params";
 /// Options that a dialect leaves to the caller.
 const FREE: [&str; 2] = ["lr", "maximize"];
 
+/// What torch's RMSprop does not have: where it is left out, torch's formula is meant.
+const NOT_IN_TORCH: [&str; 7] = [
+    "eps_in_sqrt",
+    "initial_square_avg",
+    "lr_in_momentum",
+    "nesterov",
+    "bias_correction",
+    "decoupled_weight_decay",
+    CONTIGUOUS,
+];
+
 /// Options that belong to the optimizer, not to a group.
 const OPTIMIZER_OPTIONS: [&str; 3] = ["max_grad_norm", "nonfinite", "threads"];
 
-/// Reads the options of a dict. `place` is " of group 0", or nothing.
+/// Reads the options of a dict and checks their ranges. `place` is " of group 0", or nothing.
 pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Config> {
-    let get = |key: &str| {
-        options.get_item(key)?.ok_or_else(|| {
-            PyValueError::new_err(format!("{key}{place}: expected a value, got none"))
-        })
-    };
-    let number = |key: &str| -> PyResult<f64> {
-        let value = get(key)?;
-        value
-            .extract()
-            .map_err(|error| not_a_number(error, key, place, &value))
-    };
-    let flag = |key: &str| -> PyResult<bool> {
-        let value = get(key)?;
-        match value.extract::<bool>() {
-            Ok(flag) => Ok(flag),
-            Err(_) if value.is_instance_of::<PyInt>() => value.is_truthy(),
-            Err(_) => Err(wrong_type(key, place, "a bool", &value)),
+    let config = read_config(options, place, &[])?;
+    in_range(options, place, &config)?;
+    Ok(config)
+}
+
+/// As [`config_of`], but checks no range of the options that torch's RMSprop has too: there it is the
+/// constructor's.
+pub(crate) fn torch_config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Config> {
+    let config = read_config(options, place, &NOT_IN_TORCH)?;
+    in_range(options, place, &without_shared(&config))?;
+    Ok(config)
+}
+
+/// Whether [`torch_config_of`] would return these options.
+pub(crate) fn is_torch_config(config: &Config) -> bool {
+    without_shared(config).validate().is_ok()
+}
+
+/// The options that torch's RMSprop does not have, and what they ask of the others.
+fn without_shared(config: &Config) -> Config {
+    Config {
+        alpha: match config.bias_correction {
+            true => config.alpha,
+            false => 0.0,
+        },
+        bias_correction: config.bias_correction,
+        initial_square_avg: config.initial_square_avg,
+        ..Config::default()
+    }
+}
+
+fn in_range(options: &Bound<'_, PyDict>, place: &str, config: &Config) -> PyResult<()> {
+    match config.validate() {
+        Err(Error::Hyperparameter { key, expected, .. }) => {
+            let found = options
+                .get_item(key)?
+                .map(|value| value.repr())
+                .transpose()?;
+            let found = found.map(|found| found.to_string()).unwrap_or_default();
+            Err(PyValueError::new_err(format!(
+                "{key}{place}: expected {expected}, got {found}"
+            )))
         }
+        result => Ok(result?),
+    }
+}
+
+/// Reads every option; those in `may_miss` are torch's if they are not there.
+fn read_config(options: &Bound<'_, PyDict>, place: &str, may_miss: &[&str]) -> PyResult<Config> {
+    let get = |key: &str| match options.get_item(key)? {
+        None if !may_miss.contains(&key) => Err(PyValueError::new_err(format!(
+            "{key}{place}: expected a value, got none"
+        ))),
+        value => Ok(value),
     };
-    let mut config = Config::default();
+    let mut config = Config::torch();
     for (key, field) in NUMBERS {
-        *field(&mut config) = number(key)?;
+        if let Some(value) = get(key)? {
+            let number = value.extract();
+            *field(&mut config) =
+                number.map_err(|error| not_a_number(error, key, place, &value))?;
+        }
     }
+    let is_torch = !may_miss.is_empty();
+    let flag = |key: &str, value: Bound<'_, PyAny>| match value.extract::<bool>() {
+        Ok(flag) => Ok(flag),
+        Err(_) if value.is_instance_of::<PyInt>() => value.is_truthy(),
+        // torch's own flags are whatever is true.
+        Err(_) if is_torch && !may_miss.contains(&key) => value.is_truthy(),
+        Err(_) => Err(wrong_type(key, place, "a bool", &value)),
+    };
     for (key, field) in FLAGS {
-        *field(&mut config) = flag(key)?;
+        if let Some(value) = get(key)? {
+            *field(&mut config) = flag(key, value)?;
+        }
     }
-    flag(CONTIGUOUS)?;
+    if let Some(value) = get(CONTIGUOUS)? {
+        flag(CONTIGUOUS, value)?;
+    }
     for key in OPTIMIZER_OPTIONS {
         if options.contains(key)? {
             let found = format!(
@@ -83,15 +146,7 @@ pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Co
             return Err(PyValueError::new_err(found));
         }
     }
-    match config.validate() {
-        Err(Error::Hyperparameter { key, expected, .. }) => {
-            let found = get(key)?.repr()?;
-            Err(PyValueError::new_err(format!(
-                "{key}{place}: expected {expected}, got {found}"
-            )))
-        }
-        result => Ok(result.map(|()| config)?),
-    }
+    Ok(config)
 }
 
 /// The options that a dialect fixes, as keyword arguments.
@@ -138,54 +193,108 @@ fn wrong_type(key: &str, place: &str, wanted: &str, value: &Bound<'_, PyAny>) ->
 }
 
 /// What a group's dict held when it was last read, so that an unchanged one costs a comparison of
-/// references.
+/// references, and one with another lr not much more.
 pub(crate) struct Snapshot {
-    entries: Vec<(Py<PyAny>, Py<PyAny>)>,
-    /// All values are of types that cannot change in place.
-    is_constant: bool,
+    entries: Entries,
+    /// Where the numbers are: the index in [`NUMBERS`] of each entry that is one.
+    numbers: Vec<Option<usize>>,
+    /// The numbers that can change in place (a tensor), read anew each time.
+    live: Vec<usize>,
+    /// Some other option can, or there was an error: everything must be read anew.
+    is_stale: bool,
+}
+
+/// What has become of the options since they were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    None,
+    /// Of numbers, which were taken over.
+    Numbers,
+    /// Of something else.
+    Other,
 }
 
 impl Snapshot {
-    pub fn new(group: &Bound<'_, PyDict>) -> Self {
-        // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
-        let is_read =
-            |key: &Bound<'_, PyAny>| key.extract::<String>().is_ok_and(|key| is_option(&key));
-        let is_constant = |value: &Bound<'_, PyAny>| {
-            value.is_exact_instance_of::<PyFloat>()
+    /// Reads a dict. `walks_params` says that its parameters are looked at one by one anyway, so
+    /// that they may be in a list.
+    pub fn new(group: &Bound<'_, PyDict>, walks_params: bool) -> Self {
+        let (mut numbers, mut live, mut is_stale) = (Vec::new(), Vec::new(), false);
+        for (place, (key, value)) in group.iter().enumerate() {
+            // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
+            let key = key.extract::<String>().unwrap_or_default();
+            let number = NUMBERS.iter().position(|(name, _)| *name == key);
+            numbers.push(number);
+            let is_constant = value.is_exact_instance_of::<PyFloat>()
                 || value.is_exact_instance_of::<PyInt>()
                 || value.is_exact_instance_of::<PyBool>()
-                || value.is_exact_instance_of::<PyTuple>()
-        };
+                || value.is_none();
+            match number {
+                _ if is_constant => {}
+                Some(_) => live.push(place),
+                None if key == "params" => {
+                    is_stale |= !walks_params && !value.is_exact_instance_of::<PyTuple>();
+                }
+                None => is_stale |= is_option(&key),
+            }
+        }
         Snapshot {
-            is_constant: group
-                .iter()
-                .all(|(key, value)| !is_read(&key) || is_constant(&value)),
-            entries: group
-                .iter()
-                .map(|(key, value)| (key.unbind(), value.unbind()))
-                .collect(),
+            entries: Entries::of(group),
+            numbers,
+            live,
+            is_stale,
         }
     }
 
     /// For the garbage collector.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        self.entries.iter().try_for_each(|(key, value)| {
-            visit.call(key)?;
-            visit.call(value)
-        })
+        self.entries.traverse(visit)
     }
 
-    /// Whether the dict certainly still says the same.
+    /// Takes numbers that have changed over into `config`, which was read from this dict before.
+    /// Runs Python code only for a number that is no float or int.
     #[inline]
-    pub fn is_current(&self, group: &Bound<'_, PyDict>) -> bool {
-        self.is_constant
-            && group.len() == self.entries.len()
-            && group
-                .iter()
-                .zip(&self.entries)
-                .all(|((key, value), (known_key, known_value))| {
-                    is_same(&key, known_key) && is_same(&value, known_value)
-                })
+    pub fn follow(&mut self, group: &Bound<'_, PyDict>, config: &mut Config) -> Change {
+        if self.is_stale {
+            return Change::Other;
+        }
+        let Some(moved) = self.entries.follow(group) else {
+            return Change::Other;
+        };
+        if moved.is_empty() && self.live.is_empty() {
+            return Change::None;
+        }
+        match self.take(group.py(), &moved, config) {
+            Some(change) => change,
+            None => {
+                self.is_stale = true;
+                Change::Other
+            }
+        }
+    }
+
+    #[cold]
+    fn take(&self, py: Python<'_>, moved: &Moved, config: &mut Config) -> Option<Change> {
+        let mut change = Change::None;
+        let mut take = |place: usize, new: f64| {
+            // Another float that no option reads (`initial_lr`) changes nothing.
+            if let Some(number) = self.numbers[place] {
+                let old = NUMBERS[number].1(config);
+                if *old != new {
+                    *old = new;
+                    change = Change::Numbers;
+                }
+            }
+        };
+        moved.iter().for_each(|&(place, new)| take(place, new));
+        for &place in &self.live {
+            take(place, self.entries.value(py, place).extract().ok()?);
+        }
+        Some(change)
+    }
+
+    /// Makes the next look read everything anew.
+    pub fn forget(&mut self) {
+        self.is_stale = true;
     }
 }
 

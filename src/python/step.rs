@@ -10,17 +10,17 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 
 use super::group::{Group, flatten, state_spans};
-use super::options::{Snapshot, config_of, is_contiguous};
+use super::options::{Change, Snapshot, config_of, is_contiguous};
 use super::tensor::work::{Assembly, Guard, Incoming, Param, Work};
 use super::tensor::{DType, Source, is_same};
 use crate::kernel::batch::Storage;
 use crate::kernel::dispatch::Isa;
-use crate::optimizer::{Clipping, Gradients, Outcome};
+use crate::optimizer::{Clipping, Outcome};
 use crate::state::StateKey;
 
 /// Bytes that a step reads and writes from which on it releases the GIL: some 30 µs of work. The
 /// references that it must hold while other threads run cost 5 ns a tensor.
-const DETACH_BYTES: usize = 4 << 20;
+pub(crate) const DETACH_BYTES: usize = 4 << 20;
 
 /// A group that is to be added: its dict, and the names of its parameters.
 pub(crate) type NewGroup<'py> = (Bound<'py, PyDict>, Vec<Option<String>>);
@@ -205,10 +205,7 @@ impl Inner {
             keep,
             ..
         } = self;
-        let work = Work {
-            f32: f32.open(),
-            f64: f64.open(),
-        };
+        let work = Work::open(f32, f64);
         let capsules = Vec::new();
         let mut assembly = Assembly {
             params,
@@ -226,25 +223,12 @@ impl Inner {
         assembly.build(py, works, || state_spans(groups), check_buffers)?;
         let Assembly {
             params,
-            mut work,
+            work,
             capsules,
             ..
         } = assembly;
-        let bytes = work.f32.bytes() + work.f64.bytes();
-        let run = move || {
-            let verdict = clipping.judge(&mut BothTypes {
-                work: &mut work,
-                threads,
-            });
-            if let Outcome::Update { factor } = verdict.outcome {
-                let Work { mut f32, mut f64 } = work;
-                f32.clip(factor);
-                f64.clip(factor);
-                f32.update(threads);
-                f64.update(threads);
-            }
-            verdict
-        };
+        let bytes = work.bytes();
+        let run = move || work.run(&clipping, threads, None);
         let verdict = if bytes < DETACH_BYTES {
             run()
         } else {
@@ -291,8 +275,18 @@ impl Inner {
                     "group {index}: expected a dict, got {class}"
                 )));
             };
-            if !self.groups[index].snapshot.is_current(dict) {
-                self.read_group(py, index, dict)?;
+            let Group {
+                snapshot, config, ..
+            } = &mut self.groups[index];
+            let had_momentum = config.momentum > 0.0;
+            match snapshot.follow(dict, config) {
+                Change::None => {}
+                Change::Numbers
+                    if config.validate().is_ok() && had_momentum == (config.momentum > 0.0) => {}
+                _ => {
+                    snapshot.forget();
+                    self.read_group(py, index, dict)?;
+                }
             }
         }
         Ok(())
@@ -307,7 +301,7 @@ impl Inner {
     ) -> PyResult<()> {
         let place = format!(" of group {index}");
         // Before reading: what runs meanwhile might change the dict.
-        let snapshot = Snapshot::new(dict);
+        let snapshot = Snapshot::new(dict, false);
         let config = config_of(dict, &place)?;
         let is_contiguous = is_contiguous(dict)?;
         let group = &mut self.groups[index];
@@ -528,7 +522,7 @@ impl Inner {
         let (first, old) = (self.groups.len(), self.params.len());
         for (dict, names) in groups {
             let place = format!(" of group {}", self.groups.len());
-            let snapshot = Snapshot::new(dict);
+            let snapshot = Snapshot::new(dict, false);
             let config = config_of(dict, &place)?;
             let is_contiguous = is_contiguous(dict)?;
             let missing =
@@ -605,24 +599,5 @@ impl Inner {
             self.params.push(param);
         }
         Ok(())
-    }
-}
-
-/// The gradients of both types as one sequence: f32 first.
-struct BothTypes<'b, 's, 'a> {
-    work: &'b mut Work<'s, 'a>,
-    threads: usize,
-}
-
-impl Gradients for BothTypes<'_, '_, '_> {
-    fn sum_squares(&mut self) -> f64 {
-        self.work.f32.sum_squares(self.threads) + self.work.f64.sum_squares(self.threads)
-    }
-
-    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
-        self.work
-            .f32
-            .find_nonfinite()
-            .or_else(|| self.work.f64.find_nonfinite())
     }
 }

@@ -124,7 +124,8 @@ impl Exchange {
         Ok(found)
     }
 
-    fn find(class: &Bound<'_, PyType>) -> PyResult<Option<Exchange>> {
+    /// The table that this very class offers; `torch.nn.Parameter` may use its base's.
+    pub fn find(class: &Bound<'_, PyType>) -> PyResult<Option<Exchange>> {
         let py = class.py();
         let name = intern!(py, "__dlpack_c_exchange_api__");
         let Ok(capsule) = class.getattr(name) else {
@@ -184,6 +185,125 @@ impl Exchange {
             }
             import(raw.assume_init_ref(), Access::Writable)
         }
+    }
+}
+
+/// An `f32` or `f64` tensor in host memory whose shape and strides are still its own. Strides are in
+/// elements.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub data: usize,
+    pub dtype: DType,
+    pub shape: &'a [i64],
+    pub strides: &'a [i64],
+}
+
+impl Exchange {
+    /// As [`Exchange::read`], without a copy of anything and without a reason for what is refused.
+    ///
+    /// # Safety
+    /// `object` is a valid reference of the table's type, the GIL is held, and in `'a` nothing runs
+    /// Python code.
+    #[inline]
+    pub unsafe fn view<'a>(self, object: *mut ffi::PyObject) -> Option<View<'a>> {
+        let mut raw = std::mem::MaybeUninit::<RawTensor>::uninit();
+        // SAFETY: `find` made sure that the function is there. On success the tensor is filled in,
+        // and its shape and strides are valid while the object is left alone.
+        unsafe {
+            let function = self.0.as_ref().tensor_from_object?;
+            if function(object.cast(), raw.as_mut_ptr()) != 0 {
+                ffi::PyErr_Clear();
+                return None;
+            }
+            raw.assume_init_ref().view()
+        }
+    }
+}
+
+impl RawTensor {
+    /// # Safety
+    /// The tensor is filled in, and in `'a` nobody touches it.
+    #[inline]
+    unsafe fn view<'a>(&self) -> Option<View<'a>> {
+        let dtype = match self.dtype {
+            DataType {
+                code: 2,
+                bits: 32,
+                lanes: 1,
+            } => DType::F32,
+            DataType {
+                code: 2,
+                bits: 64,
+                lanes: 1,
+            } => DType::F64,
+            _ => return None,
+        };
+        let is_host = matches!(self.device.kind, 1 | 3 | 11);
+        let ndim = usize::try_from(self.ndim).ok()?;
+        if !is_host || (ndim > 0 && (self.shape.is_null() || self.strides.is_null())) {
+            return None;
+        }
+        let [shape, strides] = [self.shape, self.strides].map(|lens| match ndim {
+            0 => &[][..], // The pointers may be null.
+            // SAFETY: they are not null, so they point to one length for each dimension.
+            _ => unsafe { std::slice::from_raw_parts(lens, ndim) },
+        });
+        let data = (self.data as usize).wrapping_add(self.byte_offset as usize);
+        // An empty tensor may be nowhere.
+        (data != 0 || shape.contains(&0)).then_some(View {
+            data: if data == 0 { dtype.size() } else { data },
+            dtype,
+            shape,
+            strides,
+        })
+    }
+}
+
+impl View<'_> {
+    #[inline]
+    pub fn numel(&self) -> usize {
+        self.shape.iter().map(|&len| len as usize).product()
+    }
+
+    #[inline]
+    pub fn is_aligned(&self) -> bool {
+        self.data.is_multiple_of(self.dtype.size())
+    }
+
+    /// Whether it has the same shape and the same strides where they count.
+    #[inline]
+    pub fn is_walked_like(&self, other: &View<'_>) -> bool {
+        self.shape.len() == other.shape.len()
+            && (0..self.shape.len()).all(|k| {
+                self.shape[k] == other.shape[k]
+                    && (self.strides[k] == other.strides[k] || self.shape[k] == 1)
+            })
+    }
+
+    /// Whether the elements fill a stretch of memory without gaps, in any order of the dimensions.
+    #[inline]
+    pub fn is_dense(&self, numel: usize) -> bool {
+        let mut stride = 1;
+        numel == 0
+            || (self.shape.iter().zip(self.strides).rev()).all(|(&len, &found)| {
+                let is_next = found == stride || len == 1;
+                stride *= len;
+                is_next
+            })
+            || self.is_dense_permuted()
+    }
+
+    #[cold]
+    fn is_dense_permuted(&self) -> bool {
+        let dims = self.shape.iter().copied().zip(self.strides.iter().copied());
+        let mut dims: Vec<_> = dims.filter(|dim| dim.0 != 1).collect();
+        dims.sort_by_key(|dim| dim.1);
+        let mut stride = 1i64;
+        dims.into_iter().all(|(len, found)| {
+            let is_next = found == stride;
+            stride = stride.saturating_mul(len);
+            is_next
+        })
     }
 }
 

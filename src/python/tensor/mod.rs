@@ -4,8 +4,10 @@
 //! and strides, checked here. What other modules do with it is safe until [`work`] turns checked
 //! tensors into work for the kernel.
 
+pub(crate) mod dict;
 pub(crate) mod dlpack;
 pub(crate) mod overlap;
+pub(crate) mod torch;
 pub(crate) mod work;
 
 use numpy::npyffi::{

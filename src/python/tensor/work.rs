@@ -15,8 +15,8 @@ use super::overlap::{Extent, Written};
 use super::{Buffer, DType, Destination, Gradient, Refusal, Source, Tensor, as_array, is_scalar};
 use crate::config::Config;
 use crate::kernel::Real;
-use crate::kernel::batch::{Batch, Dim, Layout, Piece};
-use crate::optimizer::HyperCache;
+use crate::kernel::batch::{Batch, Dim, Layout, Piece, Storage};
+use crate::optimizer::{Clipping, Gradients, HyperCache, Outcome, Verdict};
 
 /// A parameter of an optimizer.
 pub(crate) struct Param {
@@ -556,19 +556,102 @@ impl Assembly<'_, '_> {
 }
 
 /// A dense piece before its type is known.
-struct RawPiece {
-    p: usize,
-    g: usize,
-    numel: usize,
-    state: [usize; 3],
-    index: usize,
+pub(super) struct RawPiece {
+    pub p: usize,
+    pub g: usize,
+    pub numel: usize,
+    pub state: [usize; 3],
+    pub index: usize,
 }
 
-impl Work<'_, '_> {
+/// What all processes together found in the gradients that they share.
+#[derive(Clone, Copy)]
+pub(crate) struct Gathered {
+    pub squares: f64,
+    /// Some gradient is not finite.
+    pub has_nonfinite: bool,
+}
+
+/// Stands for a parameter of another process.
+pub(crate) const ELSEWHERE: usize = usize::MAX;
+
+/// The gradients of both types as one sequence: f32 first.
+struct Both<'b, 's, 'a> {
+    work: &'b mut Work<'s, 'a>,
+    threads: usize,
+    gathered: Option<Gathered>,
+}
+
+impl Gradients for Both<'_, '_, '_> {
+    fn sum_squares(&mut self) -> f64 {
+        match self.gathered {
+            Some(gathered) => gathered.squares,
+            None => self.work.sum_squares(self.threads),
+        }
+    }
+
+    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
+        let is_elsewhere = self.gathered.is_some_and(|gathered| gathered.has_nonfinite);
+        match self.gathered {
+            Some(gathered) if !gathered.has_nonfinite => None,
+            _ => (self.work.find_nonfinite())
+                .or_else(|| is_elsewhere.then_some((ELSEWHERE, 0, f64::NAN))),
+        }
+    }
+}
+
+impl<'s> Work<'s, '_> {
+    /// No work yet.
+    pub fn open(f32: &'s mut Storage<f32>, f64: &'s mut Storage<f64>) -> Self {
+        Work {
+            f32: f32.open(),
+            f64: f64.open(),
+        }
+    }
+
+    /// Whether pieces may be updated in any order.
+    pub fn is_apart(&self) -> bool {
+        self.f32.is_apart() && self.f64.is_apart()
+    }
+
+    /// Looks at the gradients as far as `clipping` wants it, and updates.
+    pub fn run(
+        mut self,
+        clipping: &Clipping,
+        threads: usize,
+        gathered: Option<Gathered>,
+    ) -> Verdict {
+        let verdict = clipping.judge(&mut Both {
+            work: &mut self,
+            threads,
+            gathered,
+        });
+        if let Outcome::Update { factor } = verdict.outcome {
+            let Work { mut f32, mut f64 } = self;
+            f32.clip(factor);
+            f64.clip(factor);
+            f32.update(threads);
+            f64.update(threads);
+        }
+        verdict
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.f32.bytes() + self.f64.bytes()
+    }
+
+    pub fn sum_squares(&mut self, threads: usize) -> f64 {
+        self.f32.sum_squares(threads) + self.f64.sum_squares(threads)
+    }
+
+    pub fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
+        (self.f32.find_nonfinite()).or_else(|| self.f64.find_nonfinite())
+    }
+
     /// # Safety
     /// As [`Batch::push_piece`], for the batch of this type.
     #[inline(always)]
-    unsafe fn push(
+    pub(super) unsafe fn push(
         &mut self,
         dtype: DType,
         config: &Config,

@@ -1,0 +1,719 @@
+//! torch's tensors as they are at this step: parameters, gradients and state.
+//!
+//! A step has two parts. While [`Pair`]s are collected, Python code may run (a torch function mode,
+//! a finalizer), so all that is kept is held by a reference. From then on until the kernel is done
+//! nothing runs Python code or gives the GIL away, so what dicts and tensors lend stays valid. A long
+//! step does give it away, and takes references to the rest first.
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyString, PyTuple, PyType};
+use pyo3::{ffi, intern};
+use std::collections::HashMap;
+
+use super::super::step::DETACH_BYTES;
+use super::DType;
+use super::dict::Walk;
+use super::dlpack::{Exchange, View};
+use super::overlap::Extent;
+use super::work::{Gathered, RawPiece, Work};
+use crate::config::Config;
+use crate::kernel::batch::{Dim, Layout, Storage};
+use crate::kernel::dispatch::Isa;
+use crate::optimizer::{Clipping, HyperCache, Outcome, Verdict};
+use crate::parallel::useful_threads;
+use crate::state::StateKey;
+
+/// What torch offers to read its tensors with, looked up once.
+pub(crate) struct Torch {
+    tensor: Py<PyType>,
+    parameter: Py<PyType>,
+    exchange: Exchange,
+    grad: Py<PyAny>,
+    get_grad: ffi::descrgetfunc,
+    is_neg: Py<PyAny>,
+    increment_version: Py<PyAny>,
+    num_threads: Py<PyAny>,
+    dispatch_modes: Py<PyAny>,
+}
+
+impl Torch {
+    /// ImportError if torch is not there or lacks the exchange API.
+    pub fn get(py: Python<'_>) -> PyResult<&Torch> {
+        static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+        TORCH.get_or_try_init(py, || Torch::find(py))
+    }
+
+    fn find(py: Python<'_>) -> PyResult<Torch> {
+        let torch = py.import("torch")?;
+        let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
+        let parameter = torch.getattr("nn")?.getattr("Parameter")?;
+        let old = || {
+            pyo3::exceptions::PyImportError::new_err(
+                "expected torch 2.10 or newer, whose tensors have the DLPack C exchange API",
+            )
+        };
+        let exchange = Exchange::find(&tensor)?.ok_or_else(old)?;
+        let grad = tensor.getattr("grad")?;
+        // SAFETY: the object is a type; a type without the slot gives null.
+        let get = unsafe { ffi::PyType_GetSlot(ffi::Py_TYPE(grad.as_ptr()), ffi::Py_tp_descr_get) };
+        if get.is_null() {
+            return Err(old());
+        }
+        // SAFETY: that slot holds a function of this type.
+        let get_grad = unsafe { std::mem::transmute::<*mut _, ffi::descrgetfunc>(get) };
+        let private = torch.getattr("_C")?;
+        Ok(Torch {
+            is_neg: tensor.getattr("is_neg")?.unbind(),
+            tensor: tensor.unbind(),
+            parameter: parameter.cast_into::<PyType>()?.unbind(),
+            exchange,
+            grad: grad.unbind(),
+            get_grad,
+            increment_version: private.getattr("_increment_version")?.unbind(),
+            num_threads: private.getattr("get_num_threads")?.unbind(),
+            dispatch_modes: private.getattr("_len_torch_dispatch_stack")?.unbind(),
+        })
+    }
+
+    /// Whether an object is a plain tensor: of no other subclass than `torch.nn.Parameter`.
+    #[inline]
+    pub fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
+        let class = object.get_type_ptr().cast();
+        class == self.tensor.as_ptr() || class == self.parameter.as_ptr()
+    }
+
+    /// `tensor.grad`, as the attribute of the class gives it.
+    #[inline]
+    pub fn grad<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        // SAFETY: the descriptor is `torch.Tensor.grad` and the function its class's; the GIL is
+        // held. The result is a new reference, or null with an error set.
+        unsafe {
+            let (object, class) = (tensor.as_ptr(), tensor.get_type_ptr());
+            let grad = (self.get_grad)(self.grad.as_ptr(), object, class.cast());
+            Bound::from_owned_ptr_or_err(tensor.py(), grad)
+        }
+    }
+
+    /// Whether a tensor's sign is in a bit that the memory does not show.
+    pub fn is_neg(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        self.is_neg.bind(tensor.py()).call1((tensor,))?.is_truthy()
+    }
+
+    /// Tells autograd that tensors were written in place.
+    pub fn increment_version(&self, tensors: Bound<'_, PyAny>) -> PyResult<()> {
+        let py = tensors.py();
+        self.increment_version.bind(py).call1((tensors,))?;
+        Ok(())
+    }
+
+    /// Whether somebody watches every operation (a `TorchDispatchMode`: tracing, counting, faking).
+    pub fn is_watched(&self, py: Python<'_>) -> PyResult<bool> {
+        let modes: usize = self.dispatch_modes.bind(py).call0()?.extract()?;
+        Ok(modes > 0)
+    }
+
+    /// torch's own number of threads.
+    pub fn num_threads(&self, py: Python<'_>) -> PyResult<usize> {
+        self.num_threads.bind(py).call0()?.extract()
+    }
+}
+
+/// A parameter that has a gradient.
+pub(crate) struct Pair {
+    /// The parameter's index over all groups.
+    pub index: usize,
+    /// Neither has a sign that memory does not show.
+    pub is_sure: bool,
+    pub p: Py<PyAny>,
+    pub g: Py<PyAny>,
+}
+
+/// The state of a parameter, borrowed; null where there is none.
+#[derive(Clone, Copy)]
+struct Entry {
+    step: *mut ffi::PyObject,
+    /// By [`StateKey`].
+    arrays: [*mut ffi::PyObject; 3],
+}
+
+/// Finds the state of one parameter after another.
+///
+/// Hashing a tensor runs Python code and takes longer than a step. But state is created in the order
+/// of the parameters, so as a rule the next one's is the next entry; and where it is not, tensors are
+/// the same key only if they are the same object.
+struct StateWalk<'py> {
+    py: Python<'py>,
+    walk: Walk,
+    state: *mut ffi::PyObject,
+    /// By the parameter's address, once the order was found to be another.
+    places: Option<HashMap<usize, *mut ffi::PyObject>>,
+}
+
+impl<'py> StateWalk<'py> {
+    /// # Safety
+    /// As long as it and what it finds are used, the GIL is held and no Python code runs.
+    unsafe fn new(state: &Bound<'py, PyDict>) -> Self {
+        StateWalk {
+            py: state.py(),
+            // SAFETY: passed on to the caller.
+            walk: unsafe { Walk::new(state.as_ptr()) },
+            state: state.as_ptr(),
+            places: None,
+        }
+    }
+
+    #[inline]
+    fn find(&mut self, parameter: &Py<PyAny>) -> Option<Entry> {
+        let wanted = parameter.as_ptr();
+        let found = match &self.places {
+            None => {
+                let next = self.walk.by_ref().find(|(key, _)| *key == wanted);
+                next.map(|(_, value)| value)
+            }
+            Some(places) => return self.entry(*places.get(&(wanted as usize))?),
+        };
+        match found {
+            Some(found) => self.entry(found),
+            None => self.search(wanted),
+        }
+    }
+
+    #[cold]
+    fn search(&mut self, wanted: *mut ffi::PyObject) -> Option<Entry> {
+        // SAFETY: by the contract of `new`.
+        let walk = unsafe { Walk::new(self.state) };
+        let places = walk.map(|(key, value)| (key as usize, value)).collect();
+        let found = self.places.insert(places).get(&(wanted as usize)).copied();
+        self.entry(found?)
+    }
+
+    /// Reads the dict of one parameter.
+    #[inline]
+    fn entry(&self, dict: *mut ffi::PyObject) -> Option<Entry> {
+        let py = self.py;
+        // SAFETY: by the contract of `new` the reference is valid, and the dict is left alone.
+        let walk = unsafe {
+            if ffi::PyDict_Check(dict) == 0 {
+                return None;
+            }
+            Walk::new(dict)
+        };
+        let mut entry = Entry {
+            step: std::ptr::null_mut(),
+            arrays: [std::ptr::null_mut(); 3],
+        };
+        for (key, value) in walk {
+            // SAFETY: as above.
+            let key = unsafe { Borrowed::from_ptr(py, key) };
+            if let Some(place) = entry.place(&key) {
+                *place = value;
+            }
+        }
+        Some(entry)
+    }
+}
+
+impl Entry {
+    /// Where the value of a key goes.
+    #[inline]
+    fn place(&mut self, key: &Bound<'_, PyAny>) -> Option<&mut *mut ffi::PyObject> {
+        let py = key.py();
+        let keys: [&Bound<'_, PyString>; 4] = [
+            intern!(py, "step"),
+            intern!(py, "square_avg"),
+            intern!(py, "momentum_buffer"),
+            intern!(py, "grad_avg"),
+        ];
+        let found = keys.iter().position(|known| known.is(key));
+        // A checkpoint's strings are equal, not the same. Comparing plain strings runs no Python
+        // code.
+        let found = found.or_else(|| {
+            let key = key.cast_exact::<PyString>().ok()?;
+            keys.iter()
+                .position(|known| key.to_cow().is_ok_and(|key| **known == *key))
+        });
+        let [v, m, b] = &mut self.arrays;
+        Some(match found? {
+            0 => &mut self.step,
+            1 => v,
+            2 => b,
+            _ => m,
+        })
+    }
+
+    /// From a tuple (.., v, m, b, step), where None stands for nothing.
+    fn of(tuple: &Bound<'_, PyTuple>, start: usize) -> PyResult<Self> {
+        let item = |k: usize| {
+            let item = tuple.get_borrowed_item(start + k)?;
+            PyResult::Ok(match item.is_none() {
+                true => std::ptr::null_mut(),
+                false => item.as_ptr(),
+            })
+        };
+        Ok(Entry {
+            arrays: [item(0)?, item(1)?, item(2)?],
+            step: item(3)?,
+        })
+    }
+}
+
+/// A count of updates: a tensor with one element.
+#[derive(Clone, Copy)]
+struct Step {
+    data: usize,
+    dtype: DType,
+}
+
+impl Step {
+    /// # Safety
+    /// `data` is valid, aligned and of this type.
+    #[inline]
+    unsafe fn read(self) -> f64 {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match self.dtype {
+                DType::F32 => f64::from(*(self.data as *const f32)),
+                DType::F64 => *(self.data as *const f64),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Step::read`], and writable.
+    #[inline]
+    unsafe fn increment(self) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match self.dtype {
+                DType::F32 => *(self.data as *mut f32) += 1.0,
+                DType::F64 => *(self.data as *mut f64) += 1.0,
+            }
+        }
+    }
+}
+
+/// The tensors of a step on their way to the kernel; kept from step to step so that a step allocates
+/// nothing.
+pub(crate) struct Rows {
+    f32: Storage<f32>,
+    f64: Storage<f64>,
+    notes: Notes,
+}
+
+/// What a step notes of its tensors besides the work.
+#[derive(Default)]
+struct Notes {
+    steps: Vec<Step>,
+    /// The addresses of the tensors of `steps`.
+    counts: Vec<usize>,
+    /// Those of the state that is written.
+    arrays: Vec<usize>,
+    held: Vec<Py<PyAny>>,
+}
+
+/// A parameter group in a step.
+pub(crate) struct GroupPairs<'g> {
+    pub config: &'g Config,
+    pub pairs: &'g [Pair],
+}
+
+/// Where the state of the pairs is.
+pub(crate) enum Source<'x, 'py> {
+    /// In `opt.state`.
+    State(&'x Bound<'py, PyDict>),
+    /// In a tuple (index, p, g, v, m, b, step) for each pair, in their order.
+    Tuples(&'x [Bound<'py, PyTuple>]),
+}
+
+/// How a step is to be done.
+pub(crate) struct Manner {
+    pub clipping: Clipping,
+    /// None for as many as torch uses.
+    pub threads: Option<usize>,
+    pub gathered: Option<Gathered>,
+}
+
+/// Why nothing was done.
+pub(crate) enum Unfit {
+    /// Some tensor is not for the core, or has no state.
+    Refused,
+    /// The sign of some tensors may be in a bit that the memory does not show ([`Torch::is_neg`]).
+    Unsure(Vec<usize>),
+    Python(PyErr),
+}
+
+impl From<PyErr> for Unfit {
+    fn from(error: PyErr) -> Self {
+        Unfit::Python(error)
+    }
+}
+
+impl Rows {
+    pub fn new(isa: Isa) -> Self {
+        Rows {
+            f32: Storage::new(isa, 0, 0),
+            f64: Storage::new(isa, 0, 0),
+            notes: Notes::default(),
+        }
+    }
+
+    /// The state arrays that were written, since the last release.
+    pub fn written(&mut self) -> impl Iterator<Item = Py<PyAny>> {
+        self.notes.held.drain(..)
+    }
+
+    /// Lets go of what a step held.
+    pub fn release(&mut self) {
+        self.notes.held.clear();
+    }
+
+    /// Updates the parameters of the pairs and their state, and counts the step; or does nothing at
+    /// all.
+    pub fn step<'g>(
+        &mut self,
+        py: Python<'_>,
+        torch: &Torch,
+        groups: impl Iterator<Item = GroupPairs<'g>>,
+        source: &Source<'_, '_>,
+        manner: &Manner,
+    ) -> Result<Verdict, Unfit> {
+        let Rows { f32, f64, notes } = self;
+        let work = Work::open(f32, f64);
+        // SAFETY: from here to the end nothing runs Python code (the number of threads comes from a
+        // function in C), or while the GIL is away all objects are held.
+        let work = unsafe { notes.fill(work, torch, groups, source)? };
+        let bytes = work.bytes();
+        let threads = match manner.threads {
+            Some(threads) => threads,
+            None if useful_threads(usize::MAX, bytes) > 1 => torch.num_threads(py)?,
+            None => 1,
+        };
+        // One after the other, rows may share elements as in torch.
+        let threads = match useful_threads(threads, bytes) > 1 && !work.is_apart() {
+            true => 1,
+            false => threads,
+        };
+        let run = move || work.run(&manner.clipping, threads, manner.gathered);
+        let mut counts = Vec::new();
+        let is_long = bytes >= DETACH_BYTES;
+        if is_long {
+            // SAFETY: valid references in `fill`, and no Python code has run since.
+            unsafe {
+                hold(py, &notes.arrays, &mut notes.held);
+                hold(py, &notes.counts, &mut counts);
+            }
+        }
+        let verdict = if is_long { py.detach(run) } else { run() };
+        if let Outcome::Update { .. } = verdict.outcome {
+            for step in &notes.steps {
+                // SAFETY: `Row::read` found an aligned element there, and its tensor is held or was
+                // left alone.
+                unsafe { step.increment() };
+            }
+            if !is_long {
+                // SAFETY: as above.
+                unsafe { hold(py, &notes.arrays, &mut notes.held) };
+            }
+        }
+        drop(counts);
+        Ok(verdict)
+    }
+
+    /// The sum of the squares of the gradients, and whether one is not finite.
+    pub fn measure<'g>(
+        &mut self,
+        torch: &Torch,
+        groups: impl Iterator<Item = GroupPairs<'g>>,
+        source: &Source<'_, '_>,
+    ) -> Result<(f64, bool), Unfit> {
+        let Rows { f32, f64, notes } = self;
+        let work = Work::open(f32, f64);
+        // SAFETY: nothing runs Python code here.
+        let mut work = unsafe { notes.fill(work, torch, groups, source)? };
+        let squares = work.sum_squares(1);
+        let has_nonfinite = !squares.is_finite() && work.find_nonfinite().is_some();
+        Ok((squares, has_nonfinite))
+    }
+}
+
+impl Notes {
+    /// Reads all tensors and makes them work.
+    ///
+    /// # Safety
+    /// Until the work is done, either no Python code runs and the GIL is kept, or what `counts` and
+    /// `arrays` list is held by references.
+    #[inline]
+    unsafe fn fill<'g, 's, 'a>(
+        &mut self,
+        mut work: Work<'s, 'a>,
+        torch: &Torch,
+        groups: impl Iterator<Item = GroupPairs<'g>>,
+        source: &Source<'_, '_>,
+    ) -> Result<Work<'s, 'a>, Unfit> {
+        self.steps.clear();
+        self.counts.clear();
+        self.arrays.clear();
+        // SAFETY: passed on to the caller.
+        let mut entries = unsafe { Entries::new(source) };
+        let mut unsure = Vec::new();
+        for GroupPairs { config, pairs } in groups {
+            let mut hypers = [HyperCache::default(), HyperCache::default()];
+            for pair in pairs {
+                let entry = entries.next(&pair.p).ok_or(Unfit::Refused)?;
+                // SAFETY: pairs and entries are valid references; the rest is passed on to the
+                // caller.
+                let row =
+                    unsafe { Row::read(torch, config, pair.p.as_ptr(), pair.g.as_ptr(), &entry) };
+                let row = row.ok_or(Unfit::Refused)?;
+                // A tensor with such a bit is a part of a complex one: of every other element, or
+                // of one.
+                if !pair.is_sure && (row.numel <= 1 || row.layout.is_some()) {
+                    unsure.push(pair.index);
+                    continue;
+                }
+                // SAFETY: `Row::read` found an aligned element of this type there.
+                let t = unsafe { row.step.read() } as u64;
+                let [p, g, v, m, b] = row.data;
+                let piece = RawPiece {
+                    p,
+                    g,
+                    numel: row.numel,
+                    state: [v, m, b],
+                    index: pair.index,
+                };
+                // SAFETY: `Row::read` found that these arrays are host memory of one type and
+                // shape, aligned, in the layout given, and that what is written overlaps nothing
+                // else of this row and not itself. What keeps the memory is held, or left alone, by
+                // the contract above. Rows may share elements with each other, which is why they
+                // are updated one after the other unless `Batch::is_apart`.
+                unsafe { work.push(row.dtype, config, t, &mut hypers, piece, row.layout) };
+                self.steps.push(row.step);
+                self.counts.push(entry.step as usize);
+                for (object, data) in entry.arrays.into_iter().zip([v, m, b]) {
+                    if data != 0 {
+                        self.arrays.push(object as usize);
+                    }
+                }
+            }
+        }
+        match unsure.is_empty() {
+            true => Ok(work),
+            false => Err(Unfit::Unsure(unsure)),
+        }
+    }
+}
+
+/// Takes references to objects.
+///
+/// # Safety
+/// They are addresses of objects that are alive.
+#[inline]
+unsafe fn hold(py: Python<'_>, objects: &[usize], held: &mut Vec<Py<PyAny>>) {
+    held.extend(objects.iter().map(|&object| {
+        // SAFETY: passed on to the caller.
+        unsafe { Bound::from_borrowed_ptr(py, object as *mut ffi::PyObject) }.unbind()
+    }));
+}
+
+/// Where the next state comes from.
+enum Entries<'x, 'py> {
+    State(StateWalk<'py>),
+    Tuples(std::slice::Iter<'x, Bound<'py, PyTuple>>),
+}
+
+impl<'x, 'py> Entries<'x, 'py> {
+    /// # Safety
+    /// As long as it and what it finds are used, the GIL is held and no Python code runs.
+    unsafe fn new(source: &Source<'x, 'py>) -> Self {
+        match source {
+            // SAFETY: passed on to the caller.
+            Source::State(state) => Entries::State(unsafe { StateWalk::new(state) }),
+            Source::Tuples(tuples) => Entries::Tuples(tuples.iter()),
+        }
+    }
+
+    #[inline]
+    fn next(&mut self, parameter: &Py<PyAny>) -> Option<Entry> {
+        match self {
+            Entries::State(walk) => walk.find(parameter),
+            Entries::Tuples(tuples) => Entry::of(tuples.next()?, 3).ok(),
+        }
+    }
+}
+
+/// Whether the core can update these tensors: plain ones in host memory, of one type and shape.
+/// (p, g, v, m, b, step), with None for what there is not.
+pub(crate) fn takes(torch: &Torch, config: &Config, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
+    let (p, g) = (row.get_item(0)?, row.get_item(1)?);
+    if !torch.is_plain(&p) || !torch.is_plain(&g) || torch.is_neg(&p)? || torch.is_neg(&g)? {
+        return Ok(false);
+    }
+    let entry = Entry::of(row, 2)?;
+    // SAFETY: the tuple holds its items, and nothing runs Python code here.
+    Ok(unsafe { Row::read(torch, config, p.as_ptr(), g.as_ptr(), &entry) }.is_some())
+}
+
+/// The arrays of one parameter, checked against each other.
+struct Row {
+    dtype: DType,
+    numel: usize,
+    /// Of p g v m b; 0 if not used.
+    data: [usize; 5],
+    /// None if all are dense and walked alike.
+    layout: Option<Layout>,
+    step: Step,
+}
+
+impl Row {
+    /// None for whatever is not for the core.
+    ///
+    /// # Safety
+    /// The objects are valid references or null, and the GIL is held.
+    #[inline]
+    unsafe fn read(
+        torch: &Torch,
+        config: &Config,
+        p: *mut ffi::PyObject,
+        g: *mut ffi::PyObject,
+        entry: &Entry,
+    ) -> Option<Self> {
+        let is_used = |key: StateKey| key.is_used(config);
+        let [v, m, b] = entry.arrays;
+        let objects = [
+            (p, true),
+            (g, true),
+            (v, true),
+            (m, is_used(StateKey::GradAvg)),
+            (b, is_used(StateKey::MomentumBuffer)),
+        ];
+        // SAFETY: passed on to the caller.
+        let view = |object: *mut ffi::PyObject| unsafe { torch.view(object) };
+        let p = view(p)?;
+        let mut views = [p; 5];
+        let mut data = [0; 5];
+        for (k, (object, is_used)) in objects.into_iter().enumerate() {
+            if is_used {
+                if k > 0 {
+                    views[k] = view(object)?;
+                }
+                data[k] = views[k].data;
+            }
+        }
+        let step = view(entry.step)?;
+        if step.shape.iter().any(|&len| len != 1) || !step.is_aligned() {
+            return None;
+        }
+        let step = Step {
+            data: step.data,
+            dtype: step.dtype,
+        };
+        let numel = p.numel();
+        let is_alike = views[1..]
+            .iter()
+            .all(|other| other.dtype == p.dtype && other.is_walked_like(&p));
+        let bytes = numel * p.dtype.size();
+        if is_alike && p.is_dense(numel) {
+            let is_apart = |a: usize, b: usize| a.abs_diff(b) >= bytes;
+            for (k, &x) in data.iter().enumerate().filter(|(_, x)| **x != 0) {
+                if x % p.dtype.size() != 0 || !data[..k].iter().all(|&y| is_apart(x, y)) {
+                    return None;
+                }
+            }
+            return Some(Row {
+                dtype: p.dtype,
+                numel,
+                data,
+                layout: None,
+                step,
+            });
+        }
+        let layout = Some(layout(&views, &data)?);
+        Some(Row {
+            dtype: p.dtype,
+            numel,
+            data,
+            layout,
+            step,
+        })
+    }
+}
+
+impl Torch {
+    /// A tensor of plain class in host memory, f32 or f64.
+    ///
+    /// # Safety
+    /// `object` is a valid reference or null; in `'a` no Python code runs.
+    #[inline]
+    unsafe fn view<'a>(&self, object: *mut ffi::PyObject) -> Option<View<'a>> {
+        if object.is_null() {
+            return None;
+        }
+        // SAFETY: the reference is valid.
+        let class = unsafe { ffi::Py_TYPE(object) }.cast();
+        if class != self.tensor.as_ptr() && class != self.parameter.as_ptr() {
+            return None;
+        }
+        // SAFETY: the table was found on `torch.Tensor`, whose Parameter is a plain tensor too; the
+        // rest is passed on to the caller.
+        unsafe { self.exchange.view(object) }
+    }
+}
+
+/// The walk over arrays that do not all lie alike; None if they are not for the core.
+#[cold]
+fn layout(views: &[View<'_>; 5], data: &[usize; 5]) -> Option<Layout> {
+    let p = &views[0];
+    let size = p.dtype.size();
+    let shape: Vec<usize> = p.shape.iter().map(|&len| len as usize).collect();
+    let strides: Vec<Vec<isize>> = views
+        .iter()
+        .map(|view| {
+            view.strides
+                .iter()
+                .map(|&x| x as isize * size as isize)
+                .collect()
+        })
+        .collect();
+    let is_fit =
+        |view: &View<'_>| view.dtype == p.dtype && view.shape == p.shape && view.is_aligned();
+    if !views.iter().all(is_fit) {
+        return None;
+    }
+    // State is dense as torch makes it; where it is not, it might be a part of a complex tensor, whose
+    // sign may be in a bit that the memory does not show.
+    let numel = p.numel();
+    if !(2..5).all(|k| data[k] == 0 || views[k].is_dense(numel)) {
+        return None;
+    }
+    const GRADIENT: usize = 1;
+    let used: Vec<usize> = (0..5).filter(|&k| data[k] != 0).collect();
+    let extent = |k: usize| Extent {
+        data: data[k],
+        shape: &shape,
+        strides: &strides[k],
+        size,
+    };
+    for &k in used.iter().filter(|&&k| k != GRADIENT) {
+        let is_apart = |&&other: &&usize| {
+            other == k
+                || extent(k)
+                    .overlaps(&extent(other))
+                    .is_ok_and(|overlaps| !overlaps)
+        };
+        if extent(k).overlaps_itself().unwrap_or(true) || !used.iter().all(|k| is_apart(&k)) {
+            return None;
+        }
+    }
+    let dims = (0..shape.len()).map(|d| Dim {
+        len: shape[d],
+        strides: std::array::from_fn(|k| strides[k][d]),
+    });
+    let mut dims: Vec<Dim> = dims.filter(|dim| dim.len != 1).collect();
+    if p.is_dense(numel) {
+        // In the order of the parameter's memory, as on the dense path: the norm of the gradients
+        // adds up in that order.
+        dims.sort_by_key(|dim| std::cmp::Reverse(dim.strides[0]));
+    }
+    Some(Layout::new(dims))
+}

@@ -1,0 +1,516 @@
+//! The Rust part of `rmsprop.torch.RMSprop`.
+
+use pyo3::exceptions::{PyFloatingPointError, PyRuntimeError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple};
+use pyo3::{PyTraverseError, PyVisit};
+
+use super::optimizer::{max_grad_norm_of, nonfinite_name, nonfinite_of, threads_of};
+use super::options::{Change, Snapshot, is_torch_config, torch_config_of};
+use super::tensor::torch::{GroupPairs, Manner, Pair, Rows, Source, Torch, Unfit, takes};
+use super::tensor::work::{ELSEWHERE, Gathered};
+use super::turn::Turns;
+use crate::config::Config;
+use crate::kernel::dispatch::isa;
+use crate::optimizer::{Clipping, Outcome, Verdict};
+use crate::parallel::threads_from_environment;
+
+/// Steps torch tensors; `rmsprop.torch.RMSprop` has one. It keeps no tensor from step to step but the
+/// lists of parameters, which it compares.
+#[pyclass(frozen, module = "rmsprop._core")]
+pub(crate) struct Stepper(Turns<Contents>);
+
+struct Contents {
+    clipping: Clipping,
+    threads: Option<usize>,
+    /// Of `RMSPROP_NUM_THREADS`.
+    default_threads: Option<usize>,
+    last_grad_norm: Option<f64>,
+    skipped_steps: u64,
+    groups: Vec<Group>,
+    /// By index: the parameter was seen to need a look at its sign.
+    unsure: Vec<bool>,
+    /// Kept from step to step so that a step allocates nothing.
+    pairs: Vec<Pair>,
+    rows: Rows,
+    written: Vec<Py<PyAny>>,
+}
+
+/// A parameter group as last read.
+struct Group {
+    snapshot: Snapshot,
+    params: Py<PyList>,
+    config: Config,
+    /// Its pairs.
+    end: usize,
+}
+
+/// A group's dict and the tuples (index, p, g, v, m, b, step) of its parameters.
+type Listed<'py> = (Bound<'py, PyDict>, Vec<Bound<'py, PyTuple>>);
+
+#[pymethods]
+impl Stepper {
+    #[new]
+    fn new() -> PyResult<Self> {
+        Ok(Stepper(Turns::new(Contents {
+            clipping: Clipping::default(),
+            threads: None,
+            default_threads: threads_from_environment()?,
+            last_grad_norm: None,
+            skipped_steps: 0,
+            groups: Vec::new(),
+            unsure: Vec::new(),
+            pairs: Vec::new(),
+            rows: Rows::new(isa()?),
+            written: Vec::new(),
+        })))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Locked means in use, and nothing in use is garbage.
+        let Some(contents) = self.0.try_take() else {
+            return Ok(());
+        };
+        contents.groups.iter().try_for_each(|group| {
+            group.snapshot.traverse(&visit)?;
+            visit.call(&group.params)
+        })
+    }
+
+    fn __clear__(&self) {
+        let groups = self
+            .0
+            .try_take()
+            .map(|mut contents| std::mem::take(&mut contents.groups));
+        // Dropping may run Python code, which may come back here.
+        drop(groups);
+    }
+
+    /// Steps every parameter of the groups that has a gradient; False, with nothing written, if
+    /// something is not ordinary: no plain tensor of f32 or f64 in host memory, or without state, or
+    /// watched.
+    fn step(
+        &self,
+        py: Python<'_>,
+        groups: &Bound<'_, PyAny>,
+        state: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
+        let (Ok(groups), Ok(state)) = (groups.cast::<PyList>(), state.cast::<PyDict>()) else {
+            return Ok(false);
+        };
+        let torch = Torch::get(py)?;
+        if torch.is_watched(py)? {
+            return Ok(false);
+        }
+        let mut turn = self.0.wait(py)?;
+        let outcome = turn.step(torch, groups, state);
+        turn.release(py);
+        outcome
+    }
+
+    /// Steps what is listed: for each group its dict and tuples (index, p, g, v, m, b, step) that
+    /// `takes` took, with None for state that is not used. `gathered` is what all processes together
+    /// found in the gradients: the sum of their squares, and whether one is not finite. False if the
+    /// step was left out.
+    #[pyo3(signature = (groups, gathered = None))]
+    fn step_rows(
+        &self,
+        py: Python<'_>,
+        groups: Vec<Listed<'_>>,
+        gathered: Option<(f64, bool)>,
+    ) -> PyResult<bool> {
+        let gathered = gathered.map(|(squares, has_nonfinite)| Gathered {
+            squares,
+            has_nonfinite,
+        });
+        let torch = Torch::get(py)?;
+        let mut turn = self.0.wait(py)?;
+        let outcome = turn.step_rows(torch, py, &groups, gathered);
+        turn.release(py);
+        outcome
+    }
+
+    /// The sum of the squares of the listed gradients and whether one of them is not finite.
+    fn measure(&self, py: Python<'_>, groups: Vec<Listed<'_>>) -> PyResult<(f64, bool)> {
+        let torch = Torch::get(py)?;
+        let mut turn = self.0.wait(py)?;
+        let outcome = turn.measure(torch, &groups);
+        turn.release(py);
+        outcome
+    }
+
+    /// Whether the core can step (p, g, v, m, b, step) of a group.
+    fn takes(&self, group: &Bound<'_, PyDict>, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
+        let config = torch_config_of(group, "")?;
+        takes(Torch::get(group.py())?, &config, row)
+    }
+
+    /// Counts a step that was left out.
+    fn skip(&self, py: Python<'_>) -> PyResult<()> {
+        let mut turn = self.0.wait(py)?;
+        turn.skipped_steps = turn.skipped_steps.saturating_add(1);
+        Ok(())
+    }
+
+    #[getter(max_grad_norm)]
+    fn get_max_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+        Ok(self.0.wait(py)?.clipping.max_grad_norm)
+    }
+
+    #[setter(max_grad_norm)]
+    fn set_max_grad_norm(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let max_grad_norm = max_grad_norm_of(value)?;
+        self.0.wait(py)?.clipping.max_grad_norm = max_grad_norm;
+        Ok(())
+    }
+
+    #[getter(nonfinite)]
+    fn get_nonfinite(&self, py: Python<'_>) -> PyResult<&'static str> {
+        Ok(nonfinite_name(self.0.wait(py)?.clipping.nonfinite))
+    }
+
+    #[setter(nonfinite)]
+    fn set_nonfinite(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let nonfinite = nonfinite_of(value)?;
+        self.0.wait(py)?.clipping.nonfinite = nonfinite;
+        Ok(())
+    }
+
+    #[getter(threads)]
+    fn get_threads(&self, py: Python<'_>) -> PyResult<Option<usize>> {
+        Ok(self.0.wait(py)?.threads)
+    }
+
+    #[setter(threads)]
+    fn set_threads(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let threads = match value.is_none() {
+            true => None,
+            false => Some(threads_of(value)?),
+        };
+        self.0.wait(py)?.threads = threads;
+        Ok(())
+    }
+
+    #[getter(last_grad_norm)]
+    fn get_last_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+        Ok(self.0.wait(py)?.last_grad_norm)
+    }
+
+    #[setter(last_grad_norm)]
+    fn set_last_grad_norm(&self, py: Python<'_>, value: Option<f64>) -> PyResult<()> {
+        self.0.wait(py)?.last_grad_norm = value;
+        Ok(())
+    }
+
+    #[getter(skipped_steps)]
+    fn get_skipped_steps(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.0.wait(py)?.skipped_steps)
+    }
+
+    #[setter(skipped_steps)]
+    fn set_skipped_steps(&self, py: Python<'_>, value: u64) -> PyResult<()> {
+        self.0.wait(py)?.skipped_steps = value;
+        Ok(())
+    }
+}
+
+impl Contents {
+    fn manner(&self, gathered: Option<Gathered>) -> Manner {
+        Manner {
+            clipping: self.clipping,
+            threads: self.threads.or(self.default_threads),
+            gathered,
+        }
+    }
+
+    fn step(
+        &mut self,
+        torch: &Torch,
+        dicts: &Bound<'_, PyList>,
+        state: &Bound<'_, PyDict>,
+    ) -> PyResult<bool> {
+        let manner = self.manner(None);
+        // Twice at most, for the second time every sign is looked at.
+        for is_sure in [false, true] {
+            self.pairs.clear();
+            if !self.collect(torch, dicts, is_sure)? {
+                return Ok(false);
+            }
+            let Contents {
+                groups,
+                pairs,
+                rows,
+                ..
+            } = self;
+            let source = Source::State(state);
+            let verdict = rows.step(
+                dicts.py(),
+                torch,
+                groups_of(groups, pairs),
+                &source,
+                &manner,
+            );
+            match verdict {
+                Ok(verdict) => return self.conclude(torch, dicts, &verdict).map(|()| true),
+                Err(Unfit::Refused) => return Ok(false),
+                Err(Unfit::Python(error)) => return Err(error),
+                Err(Unfit::Unsure(indices)) => {
+                    for index in indices {
+                        let len = self.unsure.len().max(index + 1);
+                        self.unsure.resize(len, false);
+                        self.unsure[index] = true;
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn step_rows(
+        &mut self,
+        torch: &Torch,
+        py: Python<'_>,
+        listed: &[Listed<'_>],
+        gathered: Option<Gathered>,
+    ) -> PyResult<bool> {
+        let tuples = self.take(listed)?;
+        let manner = self.manner(gathered);
+        let Contents {
+            groups,
+            pairs,
+            rows,
+            ..
+        } = self;
+        let source = Source::Tuples(&tuples);
+        let groups = groups_of(groups, pairs);
+        let verdict = rows.step(py, torch, groups, &source, &manner);
+        let verdict = verdict.map_err(not_taken)?;
+        let dicts = PyList::new(py, listed.iter().map(|(dict, _)| dict))?;
+        self.conclude(torch, &dicts, &verdict)?;
+        Ok(matches!(verdict.outcome, Outcome::Update { .. }))
+    }
+
+    fn measure(&mut self, torch: &Torch, listed: &[Listed<'_>]) -> PyResult<(f64, bool)> {
+        let tuples = self.take(listed)?;
+        let Contents {
+            groups,
+            pairs,
+            rows,
+            ..
+        } = self;
+        let source = Source::Tuples(&tuples);
+        rows.measure(torch, groups_of(groups, pairs), &source)
+            .map_err(not_taken)
+    }
+
+    /// Takes listed rows instead of what the groups hold. Their tuples in one sequence.
+    fn take<'py>(&mut self, listed: &[Listed<'py>]) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        self.pairs.clear();
+        self.groups.clear();
+        let mut tuples = Vec::new();
+        for (k, (dict, rows)) in listed.iter().enumerate() {
+            for row in rows {
+                self.pairs.push(Pair {
+                    index: row.get_item(0)?.extract()?,
+                    is_sure: true,
+                    p: row.get_item(1)?.unbind(),
+                    g: row.get_item(2)?.unbind(),
+                });
+            }
+            tuples.extend(rows.iter().cloned());
+            // Never current: the next ordinary step reads the group again.
+            let mut snapshot = Snapshot::new(dict, true);
+            snapshot.forget();
+            self.groups.push(Group {
+                snapshot,
+                params: PyList::empty(dict.py()).unbind(),
+                config: torch_config_of(dict, &format!(" of group {k}"))?,
+                end: self.pairs.len(),
+            });
+        }
+        Ok(tuples)
+    }
+
+    /// Reads the options as they are now, and the parameters and their gradients. False if something
+    /// is not ordinary. May run Python code.
+    fn collect(
+        &mut self,
+        torch: &Torch,
+        dicts: &Bound<'_, PyList>,
+        is_sure: bool,
+    ) -> PyResult<bool> {
+        let py = dicts.py();
+        self.groups.truncate(dicts.len());
+        let mut index = 0;
+        for (k, dict) in dicts.iter().enumerate() {
+            let Ok(dict) = dict.cast::<PyDict>() else {
+                return Ok(false);
+            };
+            if !self.read_group(k, dict)? {
+                return Ok(false);
+            }
+            let params = self.groups[k].params.clone_ref(py).into_bound(py);
+            for p in params.iter() {
+                if !torch.is_plain(&p) {
+                    return Ok(false);
+                }
+                let g = torch.grad(&p)?;
+                if !g.is_none() {
+                    let is_sure = is_sure || self.unsure.get(index).is_some_and(|&unsure| unsure);
+                    if !torch.is_plain(&g) || is_sure && (torch.is_neg(&p)? || torch.is_neg(&g)?) {
+                        return Ok(false);
+                    }
+                    self.pairs.push(Pair {
+                        index,
+                        is_sure,
+                        p: p.unbind(),
+                        g: g.unbind(),
+                    });
+                }
+                index += 1;
+            }
+            self.groups[k].end = self.pairs.len();
+        }
+        Ok(self.groups.len() == dicts.len())
+    }
+
+    /// Reads the options of a group. False if it is not ordinary.
+    fn read_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<bool> {
+        if let Some(group) = self.groups.get_mut(k) {
+            match group.snapshot.follow(dict, &mut group.config) {
+                Change::None => return Ok(true),
+                Change::Numbers if is_torch_config(&group.config) => return Ok(true),
+                _ => {}
+            }
+        }
+        self.reread_group(k, dict)
+    }
+
+    #[cold]
+    fn reread_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<bool> {
+        self.groups.truncate(k);
+        let py = dict.py();
+        let snapshot = Snapshot::new(dict, true);
+        let config = torch_config_of(dict, &format!(" of group {k}"))?;
+        for key in [intern!(py, "capturable"), intern!(py, "differentiable")] {
+            let flag = dict.get_item(key)?;
+            if flag.is_some_and(|flag| flag.is_truthy().unwrap_or(true)) {
+                return Ok(false);
+            }
+        }
+        let params = dict.get_item(intern!(py, "params"))?;
+        let Some(Ok(params)) = params.map(|params| params.cast_into_exact::<PyList>()) else {
+            return Ok(false);
+        };
+        self.groups.push(Group {
+            snapshot,
+            params: params.unbind(),
+            config,
+            end: 0,
+        });
+        Ok(true)
+    }
+
+    /// Draws the consequences of a step.
+    fn conclude(
+        &mut self,
+        torch: &Torch,
+        dicts: &Bound<'_, PyList>,
+        verdict: &Verdict,
+    ) -> PyResult<()> {
+        let py = dicts.py();
+        match verdict.outcome {
+            Outcome::Update { .. } => {
+                // As torch does for all that it writes but the counts.
+                let pairs = self.pairs.drain(..).map(|pair| {
+                    drop(pair.g.into_bound(py));
+                    pair.p
+                });
+                self.written.extend(pairs.chain(self.rows.written()));
+                let written = PyList::new(py, self.written.drain(..))?;
+                let told = torch.increment_version(written.into_any());
+                self.last_grad_norm = verdict.norm;
+                told
+            }
+            Outcome::Skip => {
+                self.skipped_steps = self.skipped_steps.saturating_add(1);
+                self.last_grad_norm = verdict.norm;
+                Ok(())
+            }
+            Outcome::Raise {
+                index,
+                element,
+                found,
+            } => {
+                let culprit = match index {
+                    ELSEWHERE => "a gradient of another process".to_owned(),
+                    index => culprit("gradient", index, dicts)?,
+                };
+                let found = found.to_string().to_lowercase();
+                let place = match index {
+                    ELSEWHERE => String::new(),
+                    _ => format!(" at element {element}"),
+                };
+                Err(PyFloatingPointError::new_err(format!(
+                    "{culprit}: expected finite values, got {found}{place}"
+                )))
+            }
+        }
+    }
+
+    /// Lets go of what a step held.
+    fn release(&mut self, py: Python<'_>) {
+        for pair in self.pairs.drain(..) {
+            // Bound, so that dropping the reference need not find out whether the GIL is held.
+            drop((pair.p.into_bound(py), pair.g.into_bound(py)));
+        }
+        self.rows.release();
+    }
+}
+
+/// The pairs by group.
+fn groups_of<'g>(
+    groups: &'g [Group],
+    pairs: &'g [Pair],
+) -> impl Iterator<Item = GroupPairs<'g>> + use<'g> {
+    let mut start = 0;
+    groups.iter().map(move |group| {
+        let pairs = &pairs[start..group.end];
+        start = group.end;
+        GroupPairs {
+            config: &group.config,
+            pairs,
+        }
+    })
+}
+
+fn not_taken(unfit: Unfit) -> PyErr {
+    match unfit {
+        Unfit::Python(error) => error,
+        Unfit::Refused | Unfit::Unsure(_) => PyRuntimeError::new_err(
+            "expected tensors that stay as they are during a step, got others",
+        ),
+    }
+}
+
+/// "gradient 3 ('fc.weight')".
+fn culprit(what: &str, index: usize, dicts: &Bound<'_, PyList>) -> PyResult<String> {
+    let py = dicts.py();
+    let mut first = 0;
+    for dict in dicts.iter() {
+        let count = dict.get_item(intern!(py, "params"))?.len()?;
+        if index < first + count {
+            let names = dict
+                .cast::<PyDict>()?
+                .get_item(intern!(py, "param_names"))?;
+            let name = names.and_then(|names| names.get_item(index - first).ok());
+            return Ok(match name {
+                Some(name) => format!("{what} {index} ('{name}')"),
+                None => format!("{what} {index}"),
+            });
+        }
+        first += count;
+    }
+    Ok(format!("{what} {index}"))
+}
