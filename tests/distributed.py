@@ -93,8 +93,12 @@ class Ranks:
                 break
             for connection in ready:
                 waiting.remove(connection)
-                failures.append(connection.recv())
-        failures = [failure for failure in failures if failure]
+                try:
+                    failure = connection.recv()
+                except EOFError:
+                    failure = "a rank died"
+                if failure:
+                    failures.append(failure)
         if failures:
             self.stop()
             pytest.fail("\n".join(failures), pytrace=False)

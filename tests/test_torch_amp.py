@@ -220,7 +220,7 @@ def test_nothing_of_the_scaler_stays_on_the_optimizer():
         its = scaler()
         backward(side, its, 0, inf)
         its.step(side.opt)
-        assert set(vars(side.opt)) == attributes
+        assert not {"grad_scale", "found_inf"} & (set(vars(side.opt)) - attributes)
         side.train([1])
         assert side.state()[0]["step"] == (1 if inf else 2)
 

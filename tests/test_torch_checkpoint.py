@@ -533,3 +533,16 @@ def test_loading_after_the_parameters_have_grown():
         side.train([1])
     assert_same(*sides)
     assert [int(state["step"]) for state in sides[1].state()] == [2, 2, 2, 1]
+
+
+def test_a_hook_may_unpack_a_checkpoint():
+    """It is the first to see what was loaded; arrays that it brings are taken like all others."""
+    param = torch.ones(3, requires_grad=True)
+    opt = RMSprop([param])
+    param.grad = torch.ones(3)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["square_avg"] = saved["state"][0]["square_avg"].numpy()
+    opt.register_load_state_dict_pre_hook(lambda _, found: found["optimizer"])
+    opt.load_state_dict({"optimizer": saved})
+    assert torch.equal(opt.state[param]["square_avg"], torch.full((3,), 0.01))

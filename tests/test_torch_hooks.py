@@ -346,3 +346,41 @@ def test_both_classes_in_one_program():
         other = torch.optim.SGD(parameters(0), lr=0.1)
         other.step()
     assert [name for name, *_ in log] == ["before", "after"] * 3
+
+
+def test_a_step_that_calls_ours_sees_hooks_once(run_python):
+    """In an interpreter of its own: torch wraps a class once and for all."""
+    code = """
+import torch
+from rmsprop.torch import RMSprop
+
+class Own(RMSprop):
+    def step(self, closure=None):
+        return super().step(closure)
+
+param = torch.ones(2, requires_grad=True)
+opt = Own([param])
+calls = []
+opt.register_step_pre_hook(lambda *_: calls.append("before"))
+opt.register_step_post_hook(lambda *_: calls.append("after"))
+param.grad = torch.ones(2)
+opt.step()
+print(*calls, opt.state[param]["step"].item())
+"""
+    assert run_python(code).split() == ["before", "after", "1.0"]
+
+
+def test_a_subclass_that_calls_the_base_class_itself():
+    class Own(RMSprop):
+        def __init__(self, params, lr):
+            defaults = Stock([torch.ones(1)], lr=lr).defaults
+            torch.optim.Optimizer.__init__(self, params, defaults)
+
+    results = []
+    for make in (Stock, Own):
+        param = torch.ones(3, requires_grad=True)
+        opt = make([param], lr=0.1)
+        param.grad = torch.arange(3.0)
+        opt.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)

@@ -245,3 +245,29 @@ def test_threads_with_their_own_optimizers(numel, count, switching_often):
     for opt in opts:
         assert opt.state[param]["step"] == count
         assert (opt.state[param]["square_avg"] > 0.99).all()
+
+
+def test_the_first_step_from_two_threads():
+    """One of them makes the state, and no update is lost."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            params = [torch.ones(5, requires_grad=True) for _ in range(10)]
+            opt = RMSprop(params)
+            for param in params:
+                param.grad = torch.ones(5)
+            gate = threading.Barrier(2)
+
+            def step(gate=gate, opt=opt):
+                gate.wait()
+                opt.step()
+
+            threads = [threading.Thread(target=step) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert {opt.state[param]["step"].item() for param in params} == {2.0}
+    finally:
+        sys.setswitchinterval(interval)

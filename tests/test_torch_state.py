@@ -395,3 +395,46 @@ def test_snapshots_are_equal_whatever_the_memory(contiguous_params):
     train_both((one, two), range(4))
     assert snapshot(one) == snapshot(two)
     assert [list(state) for state in one.state()] == [list(s) for s in two.state()]
+
+
+def test_flags_that_are_floats_count_when_they_change():
+    sides = both()
+    for side in sides:
+        side.opt.param_groups[0]["maximize"] = 0.0
+    train_both(sides, range(2))
+    for side in sides:
+        side.opt.param_groups[0]["maximize"] = 1.0
+    train_both(sides, range(2, 4))
+    assert_same(*sides)
+
+
+def test_parameters_that_share_a_storage_stay_tied():
+    """`contiguous_params` moves neither of them."""
+    params = [torch.ones(4, requires_grad=True)]
+    params.append(torch.nn.Parameter(params[0].data))
+    RMSprop([*params, normal(0).requires_grad_()], contiguous_params=True)
+    assert params[0].data_ptr() == params[1].data_ptr()
+
+
+def test_a_default_device_is_not_where_parameters_are_moved():
+    param = torch.ones(4, requires_grad=True)
+    with torch.device("meta"):
+        opt = RMSprop([param], contiguous_params=True)
+    param.grad = torch.ones(4)
+    opt.step()
+    assert param.device.type == "cpu"
+    assert bool((param < 1).all())
+
+
+def test_strange_keys_of_state_are_left_alone():
+    """Also those that no encoding knows."""
+    sides = both()
+    train_both(sides, range(1))
+    for side in sides:
+        for state in side.state():
+            state["x\ud800"] = 1
+    train_both(sides, range(1, 3))
+    for side in sides:
+        for state in side.state():
+            assert state.pop("x\ud800") == 1
+    assert_same(*sides)

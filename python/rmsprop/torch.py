@@ -11,11 +11,12 @@ is most of what a step costs.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
+import os
+import threading
+from collections import Counter
 from collections.abc import Callable
-from itertools import groupby
+from functools import cached_property
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -35,21 +36,14 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as _base
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.optim.rmsprop import rmsprop as _torch_rmsprop
+from torch.utils import _python_dispatch
 
-from rmsprop import _core
+from rmsprop import _core, mixed
+from rmsprop.mixed import is_watched
 
 __all__ = ["RMSprop"]
 
 _Group: TypeAlias = dict[str, Any]
-#: index, p, g, v, m, b, step; as the core takes them.
-_Row: TypeAlias = tuple[
-    int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor
-]
-
-#: What the core takes, or None, of a parameter, its gradient and its state.
-_Item: TypeAlias = tuple[_Row | None, Tensor, Tensor, _Group]
-
 #: The options that torch's RMSprop does not have.
 _OWN = (
     "eps_in_sqrt",
@@ -62,6 +56,14 @@ _OWN = (
 )
 #: Those of the optimizer instead of a group.
 _OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "threads")
+
+
+class _Lock:
+    """A lock of this process: after a fork the parent's may be held by a thread that is not there."""
+
+    def __init__(self) -> None:
+        self.turn = threading.RLock()
+        self.process = os.getpid()
 
 
 class RMSprop(Optimizer):
@@ -104,7 +106,7 @@ class RMSprop(Optimizer):
             changes nothing and adds to ``skipped_steps``; ``"raise"``.
         contiguous_params: moves the parameters of one dtype in a group next to each other
             in one flat tensor, those in shared memory or part of another tensor
-            excepted. A step still looks at each of them, for ``p.data`` may be changed at
+            excepted; what else was in a parameter's memory stays behind. A step still looks at each of them, for ``p.data`` may be changed at
             any time, so it is not faster for it.
         threads: at most so many threads. None: ``RMSPROP_NUM_THREADS``, or else
             ``torch.get_num_threads()``. Small steps stay on the caller.
@@ -134,8 +136,6 @@ class RMSprop(Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None = None
-
-    _stepper: _core.Stepper
 
     def __init__(
         self,
@@ -174,7 +174,6 @@ class RMSprop(Optimizer):
         ):
             if not 0.0 <= value:
                 raise ValueError(f"Invalid {text}: {value}")
-        self._stepper = _core.Stepper()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.threads = threads
@@ -204,6 +203,15 @@ class RMSprop(Optimizer):
         # torch.distributed.checkpoint insists on them.
         used = {key: value for key, value in own.items() if value}
         super().__init__(params, {**defaults, **used})
+
+    # Made when first needed: they are in no pickle, and a subclass may call Optimizer.__init__ itself.
+    @cached_property
+    def _stepper(self) -> _core.Stepper:
+        return _core.Stepper()
+
+    @cached_property
+    def _lock(self) -> _Lock:
+        return _Lock()
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -252,8 +260,6 @@ class RMSprop(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # From a pickle, or (only "state" and "param_groups") from load_state_dict.
         state = dict(state)
-        if "_stepper" not in self.__dict__:
-            self._stepper = _core.Stepper()
         for key in (*_OF_OPTIMIZER, "skipped_steps"):
             if key in state:
                 setattr(self._stepper, key, state.pop(key))
@@ -274,7 +280,7 @@ class RMSprop(Optimizer):
             for p in group["params"]:
                 entry = self.state.get(p, {})
                 if entry and not torch.is_tensor(entry["step"]):
-                    entry["step"] = _step_tensor(float(entry["step"]), p, group)
+                    entry["step"] = mixed.count_of(entry["step"], p, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class, ``torch.optim.RMSprop`` or ``rmsprop.RMSprop`` saved.
@@ -282,13 +288,12 @@ class RMSprop(Optimizer):
         Options that the checkpoint does not have stay as they are. As with every torch
         optimizer, tensors that need no other dtype or device are not copied; arrays are.
         """
-        state = {
-            key: {name: _tensor_of(value) for name, value in entry.items()}
-            if isinstance(entry, dict)
-            else entry
-            for key, entry in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": state})
+        # After the hooks of others, which may make something else of a checkpoint.
+        handle = self.register_load_state_dict_pre_hook(_take_arrays)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def add_param_group(self, param_group: _Group) -> None:
         """Adds a group of parameters with options of its own; the others are defaults.
@@ -301,11 +306,11 @@ class RMSprop(Optimizer):
         try:
             place = f" of group {len(self.param_groups) - 1}"
             _core.check_torch_options(param_group, place)
-        except Exception:
+            if param_group.get("contiguous_params"):
+                _flatten(param_group["params"])
+        except BaseException:
             self.param_groups.pop()
             raise
-        if param_group.get("contiguous_params"):
-            _flatten(param_group["params"])
 
     def _update(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs a step, without the hooks around it."""
@@ -313,9 +318,8 @@ class RMSprop(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._stepper.step(self.param_groups, self.state):
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._update_any()
+        if is_watched() or not self._stepper.step(self.param_groups, self.state):
+            self._update_mixed()
         return loss
 
     #: The same inside torch's own wrapper: hooks, and a range for the profiler.
@@ -349,122 +353,36 @@ class RMSprop(Optimizer):
             or _base._global_optimizer_pre_hooks
             or _base._global_optimizer_post_hooks
             or profiler._is_profiler_enabled
+            or _python_dispatch._is_in_torch_dispatch_mode
             or self.found_inf is not None
         ):
+            if type(self).step is not _step:
+                # torch has wrapped the step of a subclass, which called this one.
+                return self._update(*args, **kwargs)
             if self.found_inf is not None and not self._unscale(self.found_inf):
                 return None
             return self._update_hooked(*args, **kwargs)
         if not self._stepper.step(self.param_groups, self.state):
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._update_any()
+            self._update_mixed()
         return None
 
-    def _update_any(self) -> None:
-        """Performs a step of which something is not ordinary: new state, DTensors, others."""
-        plan: list[tuple[_Group, dict[Tensor, _Group], list[_Item]]] = []
-        sharded: dict[int, Tensor] = {}
-        index = 0
-        for group in self.param_groups:
-            created: dict[Tensor, _Group] = {}
-            items: list[_Item] = []
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    if grad.is_sparse:
-                        raise RuntimeError("RMSprop does not support sparse gradients")
-                    entry = {**self.state.get(p, {}), **created.get(p, {})}
-                    new = _missing_state(p, entry, group)
-                    if new:
-                        created[p] = {**created.get(p, {}), **new}
-                        entry.update(new)
-                    row = self._row(index, p, grad, entry, group)
-                    if row is None:
-                        self._check_counterpart(index, p, group)
-                    elif _is_dtensor(p):
-                        sharded[index] = p
-                    items.append((row, p, grad, entry))
-                index += 1
-            plan.append((group, created, items))
-
-        taken = [
-            (group, [row for row, *_ in items if row is not None])
-            for group, _, items in plan
-        ]
-        if sum(len(rows) for _, rows in taken) == sum(len(x) for _, _, x in plan):
-            looks = self.max_grad_norm is not None or self.nonfinite != "propagate"
-            gathered = self._gather(taken, sharded) if sharded and looks else None
-            if self._stepper.step_rows(taken, gathered):
-                for _, created, _ in plan:
-                    self._store(created)
-                torch.autograd.graph.increment_version(list(sharded.values()))
-            return
-        # One after the other, as torch does it, in case that one of them raises. No option is on
-        # that must look at all gradients first.
-        self._accelerator_graph_capture_health_check()
-        for group, created, items in plan:
-            self._store(created)
-            for is_left, run in groupby(items, key=lambda item: item[0] is None):
-                if is_left:
-                    _update_by_torch(group, list(run))
-                else:
-                    rows, params, *_ = zip(*run)
-                    self._stepper.step_rows([(group, list(rows))])
-                    outer = [p for p in params if _is_dtensor(p)]
-                    torch.autograd.graph.increment_version(outer)
-
-    def _store(self, created: dict[Tensor, _Group]) -> None:
-        for p, new in created.items():
-            self.state[p].update(new)
-
-    def _row(
-        self, index: int, p: Tensor, grad: Tensor, entry: _Group, group: _Group
-    ) -> _Row | None:
-        """Returns what the core takes of a parameter, or None if it does not."""
-        if group["capturable"] or group["differentiable"]:
-            return None
-        # Tracers and counters see torch's operations and nothing else.
-        is_watched = torch._C._len_torch_dispatch_stack() > 0
-        if is_watched and not self._own_options(group):
-            return None
-        if _is_dtensor(p) and _is_dtensor(grad) and not _is_placed_like(grad, p):
-            grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-        if type(grad) is Tensor and grad.is_neg():
-            grad = grad.resolve_neg()
-        v, m = entry["square_avg"], entry.get("grad_avg") if group["centered"] else None
-        b = entry.get("momentum_buffer") if group["momentum"] > 0 else None
-        tensors: tuple[Any, ...] = (p, grad, v, m, b)
-        if _is_dtensor(p):
-            if not all(x is None or _is_placed_like(x, p) for x in tensors):
-                return None
-            tensors = tuple(x if x is None else _local(x) for x in tensors)
-        if not self._stepper.takes(group, (*tensors, entry["step"])):
-            return None
-        return (index, *tensors, entry["step"])
-
-    def _own_options(self, group: _Group) -> list[str]:
-        """Lists the options in effect that torch's own rmsprop does not have."""
-        has_momentum, decays = group["momentum"] > 0, group["weight_decay"] != 0
-        options = {
-            "eps_in_sqrt": group.get("eps_in_sqrt"),
-            "lr_in_momentum": group.get("lr_in_momentum") and has_momentum,
-            "nesterov": group.get("nesterov") and has_momentum,
-            "bias_correction": group.get("bias_correction"),
-            "decoupled_weight_decay": group.get("decoupled_weight_decay") and decays,
-            "max_grad_norm": self.max_grad_norm is not None,
-            "nonfinite": self.nonfinite != "propagate",
-        }
-        return [option for option, is_on in options.items() if is_on]
-
-    def _check_counterpart(self, index: int, p: Tensor, group: _Group) -> None:
-        """Checks that a step of torch's own is the one that was asked for."""
-        for option in self._own_options(group):
-            flags = [flag for flag in ("capturable", "differentiable") if group[flag]]
-            found = " ".join([str(p.dtype), "on", str(p.device), *flags])
-            raise ValueError(
-                f"{option}: expected float32 or float64 in host memory, for torch's own"
-                f" rmsprop has no such option, got {self._name(index)},"
-                f" {type(p).__name__} of {found}"
-            )
+    def _update_mixed(self) -> None:
+        """Performs a step of which something is not ordinary; threads take turns."""
+        if self._lock.process != os.getpid():
+            self._lock = _Lock()
+        turn = self._lock.turn
+        had_to_wait = not turn.acquire(blocking=False)
+        if had_to_wait:
+            turn.acquire()
+        try:
+            # Whoever had the turn may have made the state that was missing.
+            is_settled = had_to_wait and not is_watched()
+            if is_settled and self._stepper.step(self.param_groups, self.state):
+                return
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                mixed.step(self)
+        finally:
+            turn.release()
 
     def _name(self, index: int) -> str:
         """Names a parameter in a message: "parameter 3 ('fc.weight')"."""
@@ -474,30 +392,6 @@ class RMSprop(Optimizer):
             for name in group.get("param_names", [None] * len(group["params"]))
         ]
         return f"parameter {index}" + (f" ({names[index]!r})" if names[index] else "")
-
-    def _gather(
-        self, taken: list[tuple[_Group, list[_Row]]], sharded: dict[int, Tensor]
-    ) -> tuple[float, bool]:
-        """Sums the squares of the gradients over all shards; whether one is not finite.
-
-        Every process must come here: it does so for its options and the placements, which
-        are the same everywhere, and for no value.
-        """
-        parts: dict[Any, list[tuple[_Group, list[_Row]]]] = {}
-        for group, rows in taken:
-            own: dict[Any, list[_Row]] = {}
-            for row in rows:
-                own.setdefault(_shard_groups(sharded.get(row[0])), []).append(row)
-            for part, part_rows in own.items():
-                parts.setdefault(part, []).append((group, part_rows))
-        squares, has_nonfinite = 0.0, False
-        for process_groups, listed in parts.items():
-            total = torch.tensor(self._stepper.measure(listed), dtype=torch.float64)
-            for process_group in process_groups:
-                torch.distributed.all_reduce(total, group=process_group)
-            squares += total[0].item()
-            has_nonfinite |= total[1].item() > 0
-        return squares, has_nonfinite
 
     def _unscale(self, found_inf: Tensor) -> bool:
         """Does what torch.amp.GradScaler leaves to the step; whether there is one.
@@ -535,7 +429,10 @@ def _flatten(params: list[Tensor]) -> None:
     """Moves parameters next to each other."""
     for dtype in (torch.float32, torch.float64):
         members = [p for p in params if p.dtype == dtype and _is_movable(p)]
-        flat = torch.empty(sum(p.numel() for p in members), dtype=dtype)
+        shared = Counter(p.untyped_storage().data_ptr() for p in members)
+        members = [p for p in members if shared[p.untyped_storage().data_ptr()] == 1]
+        numel = sum(p.numel() for p in members)
+        flat = torch.empty(numel, dtype=dtype, device="cpu")
         start = 0
         for p in members:
             home = flat.as_strided(p.size(), p.stride(), start)
@@ -553,88 +450,16 @@ def _is_movable(p: Tensor) -> bool:
     return p.untyped_storage().nbytes() == p.nbytes and not p.is_shared()  # type: ignore[no-untyped-call]
 
 
-def _step_tensor(value: float, p: Tensor, group: _Group) -> Tensor:
-    """Makes the count of updates as torch does."""
-    is_double = torch.get_default_dtype() == torch.float64
-    dtype = torch.float64 if is_double else torch.float32
-    device = p.device if group["capturable"] else None
-    return torch.tensor(value, dtype=dtype, device=device)
+def _take_arrays(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Copies the NumPy arrays of a checkpoint into tensors."""
 
+    def tensor_of(value: Any) -> Any:
+        is_array = isinstance(value, np.ndarray)
+        return torch.from_numpy(value.copy()) if is_array else value
 
-def _missing_state(p: Tensor, entry: _Group, group: _Group) -> _Group:
-    """Creates the state that the options need and that is not there, at its start."""
-    like = functools.partial(torch.full_like, p, memory_format=torch.preserve_format)
-    new: _Group = {}
-    if "step" not in entry:
-        new["step"] = _step_tensor(0.0, p, group)
-    elif not torch.is_tensor(entry["step"]):
-        new["step"] = _step_tensor(float(entry["step"]), p, group)
-    if "square_avg" not in entry:
-        new["square_avg"] = like(group.get("initial_square_avg", 0.0))
-    if group["momentum"] > 0 and "momentum_buffer" not in entry:
-        new["momentum_buffer"] = like(0.0)
-    if group["centered"] and "grad_avg" not in entry:
-        new["grad_avg"] = like(0.0)
-    return new
-
-
-def _update_by_torch(group: _Group, items: list[_Item]) -> None:
-    """Updates tensors by torch's own rmsprop."""
-    _, params, grads, entries = (list(column) for column in zip(*items))
-
-    def listed(key: str, is_used: bool = True) -> list[Tensor]:
-        return [entry[key] for entry in entries] if is_used else []
-
-    _torch_rmsprop(
-        params,
-        grads,
-        listed("square_avg"),
-        listed("grad_avg", group["centered"]),
-        listed("momentum_buffer", group["momentum"] > 0),
-        listed("step"),
-        has_complex=any(torch.is_complex(p) for p in params),
-        **{
-            key: group[key]
-            for key in (
-                *("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
-                *("foreach", "maximize", "differentiable", "capturable"),
-            )
-        },
-    )
-
-
-def _tensor_of(value: Any) -> Any:
-    """Copies an array of NumPy's, or a count of updates, into a tensor."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    return value
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    # Importing the module takes long, and without it there is no DTensor.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _is_placed_like(tensor: Any, p: Any) -> bool:
-    return (
-        _is_dtensor(tensor)
-        and tensor.device_mesh == p.device_mesh
-        and tensor.placements == p.placements
-    )
-
-
-def _local(tensor: Any) -> Tensor:
-    """Returns this process's shard of a DTensor."""
-    local: Any = tensor._local_tensor
-    # The result of a collective that may still be under way.
-    shard: Tensor = local.wait() if hasattr(local, "wait") else local
-    return shard
-
-
-def _shard_groups(p: Any) -> tuple[Any, ...]:
-    """Returns the process groups that a parameter's shards are spread over."""
-    if p is None:
-        return ()
-    dims = (d for d, place in enumerate(p.placements) if not place.is_replicate())
-    return tuple(p.device_mesh.get_group(d) for d in dims)
+    state_dict["state"] = {
+        key: {name: tensor_of(value) for name, value in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in state_dict["state"].items()
+    }

@@ -138,6 +138,9 @@ struct Pieces<T> {
     ends: Vec<usize>,
     /// The sums of squares of the norm's chunks, as bits.
     squares: Vec<AtomicU64>,
+    /// Where arrays begin and end, and whether they are written.
+    #[cfg(feature = "python")]
+    spans: Vec<(usize, usize, bool)>,
 }
 
 // SAFETY: the pointers are dereferenced only by `update`, `gather` and what they call, which run
@@ -244,6 +247,12 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
         }
     }
 
+    /// Elements of a piece on average.
+    #[cfg(feature = "python")]
+    pub fn mean_numel(&self) -> usize {
+        self.pieces.numel / self.pieces.pieces.len().max(1)
+    }
+
     /// Bytes that an update reads and writes, about.
     #[cfg(feature = "python")] // There the GIL is at stake.
     pub fn bytes(&self) -> usize {
@@ -253,15 +262,16 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     /// Whether no piece writes where another one reads or writes, so that they may be updated in
     /// any order; strided pieces count with all that is between their ends.
     #[cfg(feature = "python")] // Rust's slices are apart.
-    pub fn is_apart(&self) -> bool {
+    pub fn is_apart(&mut self) -> bool {
         let Pieces {
             pieces,
             hypers,
             layouts,
+            spans,
             ..
-        } = &*self.pieces;
-        let mut spans = Vec::with_capacity(pieces.len() * ARRAYS);
-        for piece in pieces {
+        } = &mut *self.pieces;
+        spans.clear();
+        for piece in &*pieces {
             let h = &hypers[piece.hyper as usize];
             let arrays = [
                 (piece.p, true),
@@ -302,6 +312,9 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     /// The sum of the squares of all gradients, in `f64` ([`norm`]).
     pub fn sum_squares(&mut self, threads: usize) -> f64 {
         let pieces = &mut *self.pieces;
+        if pieces.numel == 0 {
+            return 0.0;
+        }
         let chunks = pieces.numel.div_ceil(norm::CHUNK);
         let threads = parallel::useful_threads(threads, pieces.numel * size_of::<T>());
         if threads <= 1 {
@@ -391,6 +404,8 @@ impl<T> Pieces<T> {
             numel: 0,
             ends: Vec::new(),
             squares: Vec::new(),
+            #[cfg(feature = "python")]
+            spans: Vec::new(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyTuple};
-use pyo3::{PyTraverseError, PyVisit};
+use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::tensor::dict::{Entries, Moved};
 use crate::config::Config;
@@ -53,6 +53,9 @@ const NOT_IN_TORCH: [&str; 7] = [
     "decoupled_weight_decay",
     CONTIGUOUS,
 ];
+
+/// Flags of torch's that hand a group over to torch.
+pub(crate) const TORCH_FLAGS: [&str; 2] = ["capturable", "differentiable"];
 
 /// Options that belong to the optimizer, not to a group.
 const OPTIMIZER_OPTIONS: [&str; 3] = ["max_grad_norm", "nonfinite", "threads"];
@@ -117,9 +120,8 @@ fn read_config(options: &Bound<'_, PyDict>, place: &str, may_miss: &[&str]) -> P
     let mut config = Config::torch();
     for (key, field) in NUMBERS {
         if let Some(value) = get(key)? {
-            let number = value.extract();
             *field(&mut config) =
-                number.map_err(|error| not_a_number(error, key, place, &value))?;
+                number_of(&value).map_err(|error| not_a_number(error, key, place, &value))?;
         }
     }
     let is_torch = !may_miss.is_empty();
@@ -159,6 +161,15 @@ pub(crate) fn dialect_options(py: Python<'_>, mut config: Config) -> PyResult<Bo
         options.set_item(key, *field(&mut config))?;
     }
     Ok(options)
+}
+
+/// The value of a number, or of a tensor with one element.
+fn number_of(value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    // `float` of a tensor that requires a gradient warns; `item` does not, nor does torch's step.
+    match value.getattr_opt(intern!(value.py(), "item"))? {
+        Some(item) if !value.is_instance_of::<PyFloat>() => item.call0()?.extract(),
+        _ => value.extract(),
+    }
 }
 
 /// The error for a value that is no number, or no f64.
@@ -218,27 +229,30 @@ impl Snapshot {
     /// Reads a dict. `walks_params` says that its parameters are looked at one by one anyway, so
     /// that they may be in a list.
     pub fn new(group: &Bound<'_, PyDict>, walks_params: bool) -> Self {
+        // A copy first: what is asked of the entries may run Python code.
+        let entries = Entries::of(group);
         let (mut numbers, mut live, mut is_stale) = (Vec::new(), Vec::new(), false);
-        for (place, (key, value)) in group.iter().enumerate() {
-            // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
+        for (place, (key, value)) in entries.iter(group.py()).enumerate() {
             let key = key.extract::<String>().unwrap_or_default();
             let number = NUMBERS.iter().position(|(name, _)| *name == key);
             numbers.push(number);
-            let is_constant = value.is_exact_instance_of::<PyFloat>()
-                || value.is_exact_instance_of::<PyInt>()
+            let is_float = value.is_exact_instance_of::<PyFloat>();
+            let is_constant = value.is_exact_instance_of::<PyInt>()
                 || value.is_exact_instance_of::<PyBool>()
                 || value.is_none();
             match number {
                 _ if is_constant => {}
+                Some(_) if is_float => {}
                 Some(_) => live.push(place),
                 None if key == "params" => {
                     is_stale |= !walks_params && !value.is_exact_instance_of::<PyTuple>();
                 }
+                // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
                 None => is_stale |= is_option(&key),
             }
         }
         Snapshot {
-            entries: Entries::of(group),
+            entries,
             numbers,
             live,
             is_stale,
@@ -287,7 +301,7 @@ impl Snapshot {
         };
         moved.iter().for_each(|&(place, new)| take(place, new));
         for &place in &self.live {
-            take(place, self.entries.value(py, place).extract().ok()?);
+            take(place, number_of(self.entries.value(py, place)).ok()?);
         }
         Some(change)
     }
@@ -302,6 +316,7 @@ impl Snapshot {
 fn is_option(key: &str) -> bool {
     key == "params"
         || key == CONTIGUOUS
+        || TORCH_FLAGS.contains(&key)
         || NUMBERS.iter().any(|(name, _)| *name == key)
         || FLAGS.iter().any(|(name, _)| *name == key)
 }

@@ -7,7 +7,7 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::optimizer::{max_grad_norm_of, nonfinite_name, nonfinite_of, threads_of};
-use super::options::{Change, Snapshot, is_torch_config, torch_config_of};
+use super::options::{Change, Snapshot, TORCH_FLAGS, is_torch_config, torch_config_of};
 use super::tensor::torch::{GroupPairs, Manner, Pair, Rows, Source, Torch, Unfit, takes};
 use super::tensor::work::{ELSEWHERE, Gathered};
 use super::turn::Turns;
@@ -16,8 +16,8 @@ use crate::kernel::dispatch::isa;
 use crate::optimizer::{Clipping, Outcome, Verdict};
 use crate::parallel::threads_from_environment;
 
-/// Steps torch tensors; `rmsprop.torch.RMSprop` has one. It keeps no tensor from step to step but the
-/// lists of parameters, which it compares.
+/// Steps torch tensors; `rmsprop.torch.RMSprop` has one. From step to step it keeps what the dicts of
+/// the groups hold, lists of parameters included, to compare; no address.
 #[pyclass(frozen, module = "rmsprop._core")]
 pub(crate) struct Stepper(Turns<Contents>);
 
@@ -88,8 +88,7 @@ impl Stepper {
     }
 
     /// Steps every parameter of the groups that has a gradient; False, with nothing written, if
-    /// something is not ordinary: no plain tensor of f32 or f64 in host memory, or without state, or
-    /// watched.
+    /// something is not ordinary: no plain tensor of f32 or f64 in host memory, or without state.
     fn step(
         &self,
         py: Python<'_>,
@@ -100,9 +99,6 @@ impl Stepper {
             return Ok(false);
         };
         let torch = Torch::get(py)?;
-        if torch.is_watched(py)? {
-            return Ok(false);
-        }
         let mut turn = self.0.wait(py)?;
         let outcome = turn.step(torch, groups, state);
         turn.release(py);
@@ -140,10 +136,16 @@ impl Stepper {
         outcome
     }
 
-    /// Whether the core can step (p, g, v, m, b, step) of a group.
-    fn takes(&self, group: &Bound<'_, PyDict>, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
+    /// Which of the tuples (index, p, g, v, m, b, step) of a group the core can step.
+    fn takes(
+        &self,
+        group: &Bound<'_, PyDict>,
+        rows: Vec<Bound<'_, PyTuple>>,
+    ) -> PyResult<Vec<bool>> {
         let config = torch_config_of(group, "")?;
-        takes(Torch::get(group.py())?, &config, row)
+        let torch = Torch::get(group.py())?;
+        let takes = rows.iter().map(|row| takes(torch, &config, row));
+        takes.collect()
     }
 
     /// Counts a step that was left out.
@@ -393,7 +395,7 @@ impl Contents {
         let py = dict.py();
         let snapshot = Snapshot::new(dict, true);
         let config = torch_config_of(dict, &format!(" of group {k}"))?;
-        for key in [intern!(py, "capturable"), intern!(py, "differentiable")] {
+        for key in TORCH_FLAGS {
             let flag = dict.get_item(key)?;
             if flag.is_some_and(|flag| flag.is_truthy().unwrap_or(true)) {
                 return Ok(false);

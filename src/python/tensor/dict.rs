@@ -60,6 +60,14 @@ impl Entries {
         })
     }
 
+    pub fn iter<'a, 'py: 'a>(
+        &'a self,
+        py: Python<'py>,
+    ) -> impl Iterator<Item = (&'a Bound<'py, PyAny>, &'a Bound<'py, PyAny>)> {
+        let entries = self.0.iter();
+        entries.map(move |(key, value)| (key.bind(py), value.bind(py)))
+    }
+
     pub fn value<'py>(&self, py: Python<'py>, place: usize) -> &Bound<'py, PyAny> {
         self.0[place].1.bind(py)
     }

@@ -10,6 +10,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 use pyo3::{ffi, intern};
 use std::collections::HashMap;
+use std::ffi::CStr;
 
 use super::super::step::DETACH_BYTES;
 use super::DType;
@@ -34,7 +35,6 @@ pub(crate) struct Torch {
     is_neg: Py<PyAny>,
     increment_version: Py<PyAny>,
     num_threads: Py<PyAny>,
-    dispatch_modes: Py<PyAny>,
 }
 
 impl Torch {
@@ -72,7 +72,6 @@ impl Torch {
             get_grad,
             increment_version: private.getattr("_increment_version")?.unbind(),
             num_threads: private.getattr("get_num_threads")?.unbind(),
-            dispatch_modes: private.getattr("_len_torch_dispatch_stack")?.unbind(),
         })
     }
 
@@ -105,12 +104,6 @@ impl Torch {
         let py = tensors.py();
         self.increment_version.bind(py).call1((tensors,))?;
         Ok(())
-    }
-
-    /// Whether somebody watches every operation (a `TorchDispatchMode`: tracing, counting, faking).
-    pub fn is_watched(&self, py: Python<'_>) -> PyResult<bool> {
-        let modes: usize = self.dispatch_modes.bind(py).call0()?.extract()?;
-        Ok(modes > 0)
     }
 
     /// torch's own number of threads.
@@ -219,19 +212,21 @@ impl Entry {
     #[inline]
     fn place(&mut self, key: &Bound<'_, PyAny>) -> Option<&mut *mut ffi::PyObject> {
         let py = key.py();
-        let keys: [&Bound<'_, PyString>; 4] = [
-            intern!(py, "step"),
-            intern!(py, "square_avg"),
-            intern!(py, "momentum_buffer"),
-            intern!(py, "grad_avg"),
+        let keys: [(&Bound<'_, PyString>, &CStr); 4] = [
+            (intern!(py, "step"), c"step"),
+            (intern!(py, "square_avg"), c"square_avg"),
+            (intern!(py, "momentum_buffer"), c"momentum_buffer"),
+            (intern!(py, "grad_avg"), c"grad_avg"),
         ];
-        let found = keys.iter().position(|known| known.is(key));
-        // A checkpoint's strings are equal, not the same. Comparing plain strings runs no Python
-        // code.
+        let found = keys.iter().position(|(known, _)| known.is(key));
+        // A checkpoint's strings are equal, not the same.
         let found = found.or_else(|| {
-            let key = key.cast_exact::<PyString>().ok()?;
-            keys.iter()
-                .position(|known| key.to_cow().is_ok_and(|key| **known == *key))
+            let key = key.cast_exact::<PyString>().ok()?.as_ptr();
+            // SAFETY: this is a string, compared with one that ends in 0, without making an object.
+            let is_equal = |name: &CStr| unsafe {
+                ffi::PyUnicode_CompareWithASCIIString(key, name.as_ptr()) == 0
+            };
+            keys.iter().position(|(_, name)| is_equal(name))
         });
         let [v, m, b] = &mut self.arrays;
         Some(match found? {
@@ -242,10 +237,10 @@ impl Entry {
         })
     }
 
-    /// From a tuple (.., v, m, b, step), where None stands for nothing.
-    fn of(tuple: &Bound<'_, PyTuple>, start: usize) -> PyResult<Self> {
+    /// From a tuple (index, p, g, v, m, b, step), where None stands for nothing.
+    fn of(tuple: &Bound<'_, PyTuple>) -> PyResult<Self> {
         let item = |k: usize| {
-            let item = tuple.get_borrowed_item(start + k)?;
+            let item = tuple.get_borrowed_item(3 + k)?;
             PyResult::Ok(match item.is_none() {
                 true => std::ptr::null_mut(),
                 false => item.as_ptr(),
@@ -382,7 +377,7 @@ impl Rows {
         let work = Work::open(f32, f64);
         // SAFETY: from here to the end nothing runs Python code (the number of threads comes from a
         // function in C), or while the GIL is away all objects are held.
-        let work = unsafe { notes.fill(work, torch, groups, source)? };
+        let mut work = unsafe { notes.fill(work, torch, groups, source)? };
         let bytes = work.bytes();
         let threads = match manner.threads {
             Some(threads) => threads,
@@ -390,7 +385,7 @@ impl Rows {
             None => 1,
         };
         // One after the other, rows may share elements as in torch.
-        let threads = match useful_threads(threads, bytes) > 1 && !work.is_apart() {
+        let threads = match useful_threads(threads, bytes) > 1 && !work.suits_threads() {
             true => 1,
             false => threads,
         };
@@ -537,19 +532,21 @@ impl<'x, 'py> Entries<'x, 'py> {
     fn next(&mut self, parameter: &Py<PyAny>) -> Option<Entry> {
         match self {
             Entries::State(walk) => walk.find(parameter),
-            Entries::Tuples(tuples) => Entry::of(tuples.next()?, 3).ok(),
+            Entries::Tuples(tuples) => Entry::of(tuples.next()?).ok(),
         }
     }
 }
 
-/// Whether the core can update these tensors: plain ones in host memory, of one type and shape.
-/// (p, g, v, m, b, step), with None for what there is not.
+/// Whether the core can update the tensors of a tuple (index, p, g, v, m, b, step): plain ones in host
+/// memory, of one type and shape, whose memory shows their sign.
 pub(crate) fn takes(torch: &Torch, config: &Config, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
-    let (p, g) = (row.get_item(0)?, row.get_item(1)?);
-    if !torch.is_plain(&p) || !torch.is_plain(&g) || torch.is_neg(&p)? || torch.is_neg(&g)? {
-        return Ok(false);
+    for tensor in row.iter().skip(1).filter(|tensor| !tensor.is_none()) {
+        if !torch.is_plain(&tensor) || torch.is_neg(&tensor)? {
+            return Ok(false);
+        }
     }
-    let entry = Entry::of(row, 2)?;
+    let (p, g) = (row.get_item(1)?, row.get_item(2)?);
+    let entry = Entry::of(row)?;
     // SAFETY: the tuple holds its items, and nothing runs Python code here.
     Ok(unsafe { Row::read(torch, config, p.as_ptr(), g.as_ptr(), &entry) }.is_some())
 }

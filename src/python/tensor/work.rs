@@ -609,9 +609,13 @@ impl<'s> Work<'s, '_> {
         }
     }
 
-    /// Whether pieces may be updated in any order.
-    pub fn is_apart(&self) -> bool {
-        self.f32.is_apart() && self.f64.is_apart()
+    /// Whether several threads can and should update the pieces, which may share elements: finding out
+    /// whether they do takes some 150 ns a piece, more than a thread saves on small ones.
+    pub fn suits_threads(&mut self) -> bool {
+        const SMALL: usize = 2048;
+        self.f32.mean_numel().max(self.f64.mean_numel()) >= SMALL
+            && self.f32.is_apart()
+            && self.f64.is_apart()
     }
 
     /// Looks at the gradients as far as `clipping` wants it, and updates.

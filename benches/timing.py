@@ -1,0 +1,65 @@
+"""What a contender is, and how contenders are timed: in turns."""
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+# Performs that many steps. Returns nanoseconds if not all that it did counts.
+Run = Callable[[int], int | None]
+Contender = tuple[str, Run]  # "" or the form it takes in this case, and how to run it
+Factory = Callable[[Arrays, Arrays, int], Contender | None]  # params, grads, threads
+
+# What a step is: that alone, with the same gradients every time; that after clipping the
+# gradients' norm; or that alone, but each after a real backward.
+Kind = Literal["plain", "clip", "backward"]
+
+LR, ALPHA, EPS = 1e-3, 0.99, 1e-8  # everybody's
+LIMIT_FROM = 200_000  # elements: below, calls cost more than memory
+
+
+def sample(run: Run, steps: int) -> float:
+    """Microseconds a step."""
+    start = time.perf_counter_ns()
+    counted = run(steps)
+    lasted = time.perf_counter_ns() - start
+    return (lasted if counted is None else counted) / steps / 1e3
+
+
+def repeats(run: Run, seconds: float) -> int:
+    """How many steps take about that long."""
+    run(1)  # compiles, creates threads, touches memory
+    steps = 1
+    while (lasts := sample(run, steps) * steps / 1e6) < seconds / 4:
+        steps *= 2
+    return max(1, round(steps * seconds / lasts))
+
+
+def measure(runs: list[Run], seconds: float, budget: float) -> list[list[float]]:
+    """Samples of each run, taken in turns until the budget is spent, five at least."""
+    steps = [repeats(run, seconds) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    turns = list(zip(runs, steps, times))
+    deadline = time.perf_counter() + budget
+    gc.collect()
+    gc.disable()
+    while len(times[0]) < 5 or time.perf_counter() < deadline:
+        random.shuffle(turns)  # nobody always comes after the same one
+        for run, n, samples in turns:
+            # OpenMP threads spin after their last loop (4 to 6 ms with libgomp): let
+            # them go to sleep, then warm up caches and our own threads.
+            time.sleep(8e-3)
+            run(1)
+            samples.append(sample(run, n))
+    gc.enable()
+    return times
+
+
+def fastest(candidates: dict[str, Run]) -> Contender:
+    """The candidate with the shortest sample of a short trial."""
+    times = measure(list(candidates.values()), seconds=2e-3, budget=0.15)
+    return min(zip(times, candidates.items()), key=lambda x: min(x[0]))[1]
