@@ -62,6 +62,7 @@ impl Optimizer {
             f64: Storage::new(isa, 0, 0),
             incoming: Vec::new(),
             keep: Vec::new(),
+            is_holding: false,
         };
         Ok(Optimizer {
             param_groups: Mutex::new(PyList::empty(py).unbind()),

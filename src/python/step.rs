@@ -11,11 +11,11 @@ use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 
 use super::group::{Group, flatten, state_spans};
 use super::options::{Change, Snapshot, config_of, is_contiguous};
-use super::tensor::work::{Assembly, Guard, Incoming, Param, Work};
+use super::tensor::work::{Assembly, Guard, Incoming, Lent, Param, Work};
 use super::tensor::{DType, Source, is_same};
 use crate::kernel::batch::Storage;
 use crate::kernel::dispatch::Isa;
-use crate::optimizer::{Clipping, Outcome};
+use crate::optimizer::{Clipping, Outcome, Verdict};
 use crate::state::StateKey;
 
 /// Bytes that a step reads and writes from which on it releases the GIL: some 30 µs of work. The
@@ -47,6 +47,8 @@ pub(crate) struct Inner {
     /// One for each parameter; none of them is there between steps.
     pub incoming: Vec<Incoming>,
     pub keep: Vec<Py<PyAny>>,
+    /// Some of them are there.
+    pub is_holding: bool,
 }
 
 /// Where the gradients of a step come from.
@@ -146,6 +148,12 @@ impl<'py> Grads<'py> {
     }
 }
 
+/// That the optimizer's own memory is where it was.
+fn check_buffers(py: Python<'_>, groups: &[Group]) -> PyResult<()> {
+    let mut groups = groups.iter().enumerate();
+    groups.try_for_each(|(index, group)| group.check_buffers(py, index))
+}
+
 /// That all parameters have names and the mapping has no others.
 fn check_names(mapping: &Bound<'_, PyMapping>, params: &[Param]) -> PyResult<()> {
     if params.iter().any(|param| param.name.is_none()) {
@@ -191,6 +199,73 @@ impl Inner {
         grads: &Grads<'_>,
     ) -> PyResult<()> {
         self.read_groups(py, dicts)?;
+        grads.check(&self.params)?;
+        let lent = self.step_lent(py, grads)?;
+        let is_lent = lent.is_some();
+        let verdict = match lent {
+            Some(verdict) => verdict,
+            None => self.step_held(py, grads)?,
+        };
+        match verdict.outcome {
+            Outcome::Update { .. } => {
+                self.count_steps(is_lent);
+                self.last_grad_norm = verdict.norm;
+                if !is_lent {
+                    self.tell_autograd(py)?;
+                }
+            }
+            Outcome::Skip => self.skipped_steps += 1,
+            Outcome::Raise {
+                index,
+                element,
+                found,
+            } => return Err(self.blame(index, element, found)),
+        }
+        self.last_grad_norm = verdict.norm;
+        Ok(())
+    }
+
+    /// A short step over NumPy arrays that all are what they were: their gradients, in a list or a
+    /// tuple, need not be held, for nothing runs Python code before the step is over. None, with
+    /// nothing done, if it is another one.
+    fn step_lent(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<Option<Verdict>> {
+        let lent = match grads {
+            Grads::List(list) => Lent::List(list),
+            Grads::Tuple(tuple) => Lent::Tuple(tuple),
+            _ => return Ok(None),
+        };
+        check_buffers(py, &self.groups)?;
+        let Inner {
+            groups,
+            params,
+            steps,
+            guard,
+            f32,
+            f64,
+            ..
+        } = self;
+        let mut assembly = Assembly {
+            params,
+            incoming: &[],
+            steps,
+            guard,
+            work: Work::open(f32, f64),
+            capsules: Vec::new(),
+        };
+        if !assembly.glance(py, groups.iter().map(Group::work), &lent) {
+            return Ok(None);
+        }
+        let work = assembly.work;
+        if work.bytes() >= DETACH_BYTES {
+            return Ok(None);
+        }
+        let threads = self.threads.unwrap_or(self.default_threads);
+        Ok(Some(work.run(&self.clipping, threads, None)))
+    }
+
+    /// Any other step: its gradients are held by references while it lasts.
+    fn step_held(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<Verdict> {
+        self.is_holding = true;
         self.take_gradients(py, grads)?;
         let threads = self.threads.unwrap_or(self.default_threads);
         let clipping = self.clipping;
@@ -205,22 +280,17 @@ impl Inner {
             keep,
             ..
         } = self;
-        let work = Work::open(f32, f64);
-        let capsules = Vec::new();
         let mut assembly = Assembly {
             params,
             incoming,
             steps,
             guard,
-            work,
-            capsules,
-        };
-        let check_buffers = || {
-            let mut groups = groups.iter().enumerate();
-            groups.try_for_each(|(index, group)| group.check_buffers(py, index))
+            work: Work::open(f32, f64),
+            capsules: Vec::new(),
         };
         let works = groups.iter().map(Group::work);
-        assembly.build(py, works, || state_spans(groups), check_buffers)?;
+        let check = || check_buffers(py, groups);
+        assembly.build(py, works, || state_spans(groups), check)?;
         let Assembly {
             params,
             work,
@@ -241,21 +311,7 @@ impl Inner {
             py.detach(run)
         };
         drop(capsules);
-        match verdict.outcome {
-            Outcome::Update { .. } => {
-                self.count_steps();
-                self.last_grad_norm = verdict.norm;
-                self.tell_autograd(py)?;
-            }
-            Outcome::Skip => self.skipped_steps += 1,
-            Outcome::Raise {
-                index,
-                element,
-                found,
-            } => return Err(self.blame(index, element, found)),
-        }
-        self.last_grad_norm = verdict.norm;
-        Ok(())
+        Ok(verdict)
     }
 
     /// Reads the options of the groups as they are now.
@@ -380,7 +436,6 @@ impl Inner {
             incoming,
             ..
         } = self;
-        grads.check(params)?;
         for group in groups {
             match grads {
                 Grads::Attributes => group.settle_mode(py, params, steps, guard)?,
@@ -400,6 +455,9 @@ impl Inner {
 
     /// Lets go of what a step held.
     pub fn release(&mut self, py: Python<'_>) {
+        if !std::mem::take(&mut self.is_holding) {
+            return;
+        }
         for group in self.groups.iter().filter(|group| !group.is_flat) {
             let incoming = &mut self.incoming[group.range.clone()];
             incoming
@@ -409,20 +467,16 @@ impl Inner {
         self.keep.clear();
     }
 
-    fn count_steps(&mut self) {
+    /// Counts a step of the parameters that had a gradient, or of all.
+    fn count_steps(&mut self, have_all: bool) {
         for group in &self.groups {
-            let steps = &mut self.steps[group.range.clone()];
-            match group.is_flat {
-                true => steps
-                    .iter_mut()
-                    .for_each(|step| *step = step.saturating_add(1)),
-                false => {
-                    for (step, gradient) in
-                        steps.iter_mut().zip(&self.incoming[group.range.clone()])
-                    {
-                        *step = step.saturating_add(u64::from(gradient.is_some()));
-                    }
-                }
+            let steps = self.steps[group.range.clone()].iter_mut();
+            if have_all || group.is_flat {
+                steps.for_each(|step| *step = step.saturating_add(1));
+                continue;
+            }
+            for (step, gradient) in steps.zip(&self.incoming[group.range.clone()]) {
+                *step = step.saturating_add(u64::from(gradient.is_some()));
             }
         }
     }

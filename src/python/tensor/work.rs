@@ -7,7 +7,8 @@ use numpy::PyUntypedArray;
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi};
+use pyo3::types::{PyList, PyTuple};
+use pyo3::{Borrowed, PyTraverseError, PyTypeInfo, PyVisit, ffi};
 
 use super::super::parameter::Parameter;
 use super::dlpack::{Exchange, Managed};
@@ -302,6 +303,40 @@ impl StateSpan {
     }
 }
 
+/// A list or a tuple of gradients that are read where they are.
+pub(crate) enum Lent<'x, 'py> {
+    List(&'x Bound<'py, PyList>),
+    Tuple(&'x Bound<'py, PyTuple>),
+}
+
+impl<'py> Lent<'_, 'py> {
+    /// The NumPy array at an index, if there is one and it is of no subclass.
+    ///
+    /// # Safety
+    /// While it is used, nothing runs Python code.
+    #[inline]
+    unsafe fn array<'a>(
+        &'a self,
+        py: Python<'py>,
+        index: usize,
+    ) -> Option<Borrowed<'a, 'py, PyUntypedArray>> {
+        let item = match self {
+            Lent::Tuple(tuple) => tuple.get_borrowed_item(index).ok()?,
+            // SAFETY: this is a list, and the index is checked; the list holds the item until
+            // somebody changes it.
+            Lent::List(list) => unsafe {
+                if index >= list.len() {
+                    return None;
+                }
+                let item = ffi::PyList_GetItem(list.as_ptr(), index as ffi::Py_ssize_t);
+                Borrowed::from_ptr_or_opt(py, item)?
+            },
+        };
+        // SAFETY: it is a NumPy array.
+        is_exact_array(&item).then(|| unsafe { item.cast_unchecked() })
+    }
+}
+
 /// What a step writes: the parameters and their state, none of which may share an element.
 #[derive(Default)]
 pub(crate) struct Guard {
@@ -467,6 +502,66 @@ impl Assembly<'_, '_> {
             self.push(py, &group, false)?;
         }
         Ok(())
+    }
+
+    /// Makes all groups the kernel's work, if all parameters and gradients are NumPy arrays, walked
+    /// alike, and the parameters are where they were. False if not, with some of it done. What is
+    /// lent must be left alone until the work is done.
+    pub fn glance<'g>(
+        &mut self,
+        py: Python<'_>,
+        mut groups: impl Iterator<Item = GroupWork<'g>>,
+        lent: &Lent<'_, '_>,
+    ) -> bool {
+        let Assembly {
+            params,
+            steps,
+            guard,
+            work,
+            ..
+        } = self;
+        guard.is_checked
+            && groups.all(|group| {
+                let mut hypers = [HyperCache::default(), HyperCache::default()];
+                group.flat.is_none()
+                    && group.range.clone().all(|index| {
+                        let param = &params[index];
+                        if !param.source.is_current(py, &param.destination) {
+                            return false;
+                        }
+                        // SAFETY: nothing runs Python code here.
+                        let array = unsafe { lent.array(py, index) };
+                        let destination = &param.destination;
+                        let Some(g) = array.and_then(|array| destination.simple_gradient(&array))
+                        else {
+                            return false;
+                        };
+                        if g != param.cleared {
+                            let gradient = Gradient {
+                                data: g,
+                                strides: None,
+                            };
+                            if guard.check_gradient(params, index, &gradient).is_err() {
+                                return false;
+                            }
+                            params[index].cleared = g;
+                        }
+                        let Param {
+                            destination, state, ..
+                        } = &params[index];
+                        let piece = RawPiece {
+                            p: destination.data,
+                            g,
+                            numel: destination.numel,
+                            state: *state,
+                            index,
+                        };
+                        let (dtype, step) = (destination.dtype, steps[index]);
+                        // SAFETY: as in `push`; who calls this leaves the arrays alone.
+                        unsafe { work.push(dtype, group.config, step, &mut hypers, piece, None) };
+                        destination.is_like_state
+                    })
+            })
     }
 
     /// Makes a group the kernel's work. In a first look the parameters may have moved: false if one
