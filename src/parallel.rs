@@ -8,6 +8,8 @@
 //! The pool belongs to the process that made it. After `fork` the child finds another process id,
 //! leaks the parent's pool, whose threads it does not have, and makes its own.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::error::Error;
 
 /// Bytes below which a step stays on the caller: half a million f32 elements, p g v.
@@ -18,13 +20,29 @@ use crate::error::Error;
 /// faster below 786 k.
 const SERIAL_BYTES: usize = 10 << 20;
 
-/// How many of `threads` are worth waking for work that moves `bytes`.
+/// How many of `threads` are worth waking for work that moves `bytes`, and allowed.
 pub(crate) fn useful_threads(threads: usize, bytes: usize) -> usize {
     if bytes < SERIAL_BYTES {
         1
     } else {
-        threads.min(1 + bytes / (SERIAL_BYTES / 2))
+        let useful = threads.min(1 + bytes / (SERIAL_BYTES / 2));
+        thread_limit().map_or(useful, |limit| useful.min(limit))
     }
+}
+
+/// What no step of this process may exceed; 0 for no limit.
+static LIMIT: AtomicUsize = AtomicUsize::new(0);
+
+/// The limit on the threads of every step in this process, whatever its optimizer was told.
+pub(crate) fn thread_limit() -> Option<usize> {
+    Some(LIMIT.load(Ordering::Relaxed)).filter(|&limit| limit > 0)
+}
+
+/// Limits the threads of every step in this process from its next step on; `None` takes the limit
+/// away. It is for threadpoolctl, by which programs that nest pools of threads keep them apart.
+#[cfg(feature = "python")]
+pub(crate) fn set_thread_limit(limit: Option<std::num::NonZeroUsize>) {
+    LIMIT.store(limit.map_or(0, usize::from), Ordering::Relaxed);
 }
 
 /// The threads of an optimizer that was not told: `RMSPROP_NUM_THREADS`, or else as many as this

@@ -18,8 +18,14 @@ c is 1 / (1 - alpha^t) with ``bias_correction``, else 1. Which framework's RMSpr
 that is depends on the options alone: :func:`dialect`.
 """
 
+from contextlib import suppress
+from importlib import import_module
+
 from rmsprop._core import __version__, info
 from rmsprop.optimizer import RMSprop, dialect
 from rmsprop.parameter import Parameter
+
+with suppress(ImportError):  # where threadpoolctl is installed, it knows of our threads
+    import_module("rmsprop.threadpool")
 
 __all__ = ["Parameter", "RMSprop", "__version__", "dialect", "info"]

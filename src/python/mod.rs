@@ -12,13 +12,15 @@ mod tensor;
 mod torch;
 mod turn;
 
+use std::num::NonZeroUsize;
+
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::config::Config;
 use crate::dialect::DIALECTS;
 use crate::kernel::dispatch::isa;
-use crate::parallel::default_threads;
+use crate::parallel::{default_threads, set_thread_limit, thread_limit};
 
 /// The options that a dialect fixes; ValueError for an unknown name.
 #[pyfunction]
@@ -62,6 +64,18 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
+/// The limit on the threads of every step in this process; None without one.
+#[pyfunction]
+fn _thread_limit() -> Option<usize> {
+    thread_limit()
+}
+
+/// Sets that limit, or with None takes it away.
+#[pyfunction]
+fn _set_thread_limit(limit: Option<NonZeroUsize>) {
+    set_thread_limit(limit);
+}
+
 // What arrays, tensors and dicts lend is read without a lock: the GIL is what keeps others away.
 #[pymodule(gil_used = true)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -76,5 +90,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(check_options, module)?)?;
     module.add_function(wrap_pyfunction!(check_torch_options, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
+    module.add_function(wrap_pyfunction!(_thread_limit, module)?)?;
+    module.add_function(wrap_pyfunction!(_set_thread_limit, module)?)?;
     module.add_function(wrap_pyfunction!(turn::after_fork, module)?)
 }

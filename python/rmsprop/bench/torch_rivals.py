@@ -2,17 +2,27 @@
 optimizers that torch has a fused CPU kernel of."""
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any
 
-import rmsprop.torch
 import torch
-from array_rivals import limit
-from timing import ALPHA, EPS, LR, Arrays, Contender, Factory, Kind, Run
+
+import rmsprop.torch
+from rmsprop.bench.array_rivals import limit
+from rmsprop.bench.timing import (
+    ALPHA,
+    EPS,
+    LR,
+    Arrays,
+    Contender,
+    Factory,
+    Kind,
+    LeftOut,
+    Run,
+)
 
 Make = Callable[..., torch.optim.Optimizer]  # parameters, lr
 
@@ -20,10 +30,14 @@ MAX_NORM = 1.0
 BATCH = 64
 WARM_UP = 12  # steps: torch compiles for eight values of lr, and gives up
 
-torch._logging.set_logs(dynamo=logging.ERROR)  # no warning of that
+# Typed as Any where torch's own types lag behind.
+_torch: Any = torch
+_torch._logging.set_logs(dynamo=logging.ERROR)  # no warning of that
 
 
-def rivals(kind: Kind, tensors: int, compiled: bool) -> dict[str, Factory]:
+def rivals(
+    kind: Kind, tensors: int, compiled: bool, variants: bool
+) -> dict[str, Factory]:
     """By name, ours first. A rival is a line more: add it here."""
     rival = partial(partial, by_torch, kind)
     ours = partial(rmsprop.torch.RMSprop, alpha=ALPHA, eps=EPS)
@@ -36,7 +50,9 @@ def rivals(kind: Kind, tensors: int, compiled: bool) -> dict[str, Factory]:
     found["torch, foreach"] = rival(partial(stock, foreach=True))
     if compiled:
         found["compiled"] = rival(stock, compiled=True)
-    if kind == "plain" and tensors > 1:  # with one, memory is what a step costs
+    if (
+        variants and kind == "plain" and tensors > 1
+    ):  # with one, memory is what a step costs
         found["rmsprop, moving lr"] = rival(ours, moving="float")
         if compiled:
             found["compiled, moving 0-d lr"] = rival(stock, compiled=True, moving="0-d")
@@ -80,7 +96,7 @@ def by_torch(
     step = whole_step if kind == "clip" else optimizer.step
     if compiled:
         # Isolated: one contender's compilations must not use up the limit of another.
-        step = torch.compile(whole_step, isolate_recompiles=True)
+        step = _torch.compile(whole_step, isolate_recompiles=True)
     if kind == "backward":
         repeated = after_backward(step, tensors)
     elif moving:
@@ -97,8 +113,7 @@ def by_torch(
             run(WARM_UP)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            print(f"without torch.compile, which failed: {reason}", file=sys.stderr)
-            return None
+            raise LeftOut(f"torch.compile failed: {reason}") from error
     return "", run
 
 
@@ -142,7 +157,8 @@ def after_backward(step: Callable[[], object], tensors: Sequence[torch.Tensor]) 
             for weight, bias in zip(tensors[::2], tensors[1::2]):
                 weight.grad = bias.grad = None
                 x = x.relu() @ weight + bias
-            (x - target).square().mean().backward()
+            loss: Any = (x - target).square().mean()
+            loss.backward()
             start = time.perf_counter_ns()
             step()
             counted += time.perf_counter_ns() - start

@@ -4,7 +4,6 @@ import gc
 import random
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
@@ -14,11 +13,17 @@ Run = Callable[[int], int | None]
 Contender = tuple[str, Run]  # "" or the form it takes in this case, and how to run it
 Factory = Callable[[Arrays, Arrays, int], Contender | None]  # params, grads, threads
 
-# What a step is: that alone, with the same gradients every time; that after clipping the
-# gradients' norm; or that alone, but each after a real backward.
-Kind = Literal["plain", "clip", "backward"]
+# What a step is. "plain": that alone, with the same gradients every time; "clip": that after
+# clipping the gradients' norm; "backward": that alone, but each after a real backward.
+Kind = str
+
+
+class LeftOut(Exception):
+    """Raised by a factory whose contender takes no part; the message is the reason."""
+
 
 LR, ALPHA, EPS = 1e-3, 0.99, 1e-8  # everybody's
+ROUNDS = 5  # at least
 LIMIT_FROM = 200_000  # elements: below, calls cost more than memory
 
 
@@ -40,14 +45,14 @@ def repeats(run: Run, seconds: float) -> int:
 
 
 def measure(runs: list[Run], seconds: float, budget: float) -> list[list[float]]:
-    """Samples of each run, taken in turns until the budget is spent, five at least."""
+    """Samples of each run, taken in turns until the budget is spent, `ROUNDS` at least."""
     steps = [repeats(run, seconds) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     turns = list(zip(runs, steps, times))
     deadline = time.perf_counter() + budget
     gc.collect()
     gc.disable()
-    while len(times[0]) < 5 or time.perf_counter() < deadline:
+    while len(times[0]) < ROUNDS or time.perf_counter() < deadline:
         random.shuffle(turns)  # nobody always comes after the same one
         for run, n, samples in turns:
             # OpenMP threads spin after their last loop (4 to 6 ms with libgomp): let

@@ -2,11 +2,24 @@
 
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
+from typing import Any
 
 import numpy as np
+
 import rmsprop
-from timing import ALPHA, EPS, LIMIT_FROM, LR, Arrays, Contender, Factory, Run, fastest
+from rmsprop.bench.timing import (
+    ALPHA,
+    EPS,
+    LIMIT_FROM,
+    LR,
+    Arrays,
+    Contender,
+    Factory,
+    Run,
+    fastest,
+)
+from rmsprop.machine import is_installed
 
 # Elements. With --cases 10m the best of 4 Ki to 128 Ki (Zen 5, NumPy 2.4.6, 2026-11).
 BLOCK = 64 * 1024
@@ -98,15 +111,22 @@ def by_numpy_blocks(params: Arrays, grads: Arrays, threads: int) -> Contender | 
     return "", tuned_update(rows)
 
 
-@functools.cache
-def numba_kernels() -> tuple[Callable[..., None], ...]:
-    import numba
+Kernel = Callable[..., None]
+
+
+def _define_kernels() -> tuple[Kernel, ...]:
+    numba = import_module("numba")
 
     # With Python's division, which raises on zero, LLVM could not vectorize the loop.
-    jit = functools.partial(numba.njit, error_model="numpy", cache=True)
+    jit: Callable[[Kernel], Kernel] = numba.njit(error_model="numpy", cache=True)
+    jit_parallel: Callable[[Kernel], Kernel] = numba.njit(
+        error_model="numpy", cache=True, parallel=True
+    )
 
     @jit
-    def one(p, g, v, lr, alpha, one_minus_alpha, eps):
+    def one(
+        p: Any, g: Any, v: Any, lr: Any, alpha: Any, one_minus_alpha: Any, eps: Any
+    ) -> None:
         for i in range(p.size):
             x = g[i]
             s = alpha * v[i] + (one_minus_alpha * x) * x
@@ -114,7 +134,15 @@ def numba_kernels() -> tuple[Callable[..., None], ...]:
             p[i] -= (lr * x) / np.sqrt(s + eps)
 
     @jit
-    def several(params, grads, square_avg, lr, alpha, one_minus_alpha, eps):
+    def several(
+        params: Any,
+        grads: Any,
+        square_avg: Any,
+        lr: Any,
+        alpha: Any,
+        one_minus_alpha: Any,
+        eps: Any,
+    ) -> None:
         for k in range(len(params)):
             p, g, v = params[k], grads[k], square_avg[k]
             for i in range(p.size):
@@ -123,8 +151,10 @@ def numba_kernels() -> tuple[Callable[..., None], ...]:
                 v[i] = s
                 p[i] -= (lr * x) / np.sqrt(s + eps)
 
-    @jit(parallel=True)
-    def parallel(p, g, v, lr, alpha, one_minus_alpha, eps):
+    @jit_parallel
+    def parallel(
+        p: Any, g: Any, v: Any, lr: Any, alpha: Any, one_minus_alpha: Any, eps: Any
+    ) -> None:
         for i in numba.prange(p.size):
             x = g[i]
             s = alpha * v[i] + (one_minus_alpha * x) * x
@@ -132,14 +162,14 @@ def numba_kernels() -> tuple[Callable[..., None], ...]:
             p[i] -= (lr * x) / np.sqrt(s + eps)
 
     @jit
-    def limit(p, g, v, c):
+    def limit(p: Any, g: Any, v: Any, c: Any) -> None:
         for i in range(p.size):
             x = g[i]
             p[i] = p[i] * c + x
             v[i] = v[i] * c + x
 
-    @jit(parallel=True)
-    def limit_parallel(p, g, v, c):
+    @jit_parallel
+    def limit_parallel(p: Any, g: Any, v: Any, c: Any) -> None:
         for i in numba.prange(p.size):
             x = g[i]
             p[i] = p[i] * c + x
@@ -148,13 +178,15 @@ def numba_kernels() -> tuple[Callable[..., None], ...]:
     return one, several, parallel, limit, limit_parallel
 
 
+_numba_kernels = functools.cache(_define_kernels)
+
+
 def by_numba(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
     """A fused loop under `njit`, called for each tensor with the gradient it has now."""
-    if not find_spec("numba"):
+    if not is_installed("numba"):
         return None
-    import numba
-
-    one, _, parallel, *_ = numba_kernels()
+    numba = import_module("numba")
+    one, _, parallel, *_ = _numba_kernels()
     hyper = tuple(map(np.float32, (LR, ALPHA, 1 - ALPHA, EPS)))
     rows = [
         (p.reshape(-1), g.reshape(-1), np.zeros(p.size, np.float32))
@@ -183,11 +215,10 @@ def by_numba_at_once(params: Arrays, grads: Arrays, threads: int) -> Contender |
     These have it easier than in a training loop: they are filled once, not with the
     gradients of each step.
     """
-    if not find_spec("numba") or threads > 1 or len(params) == 1:
+    if not is_installed("numba") or threads > 1 or len(params) == 1:
         return None
-    from numba.typed import List
-
-    several = numba_kernels()[1]
+    typed_list = import_module("numba.typed").List
+    several = _numba_kernels()[1]
     hyper = tuple(map(np.float32, (LR, ALPHA, 1 - ALPHA, EPS)))
     flat = [[x.reshape(-1) for x in arrays] for arrays in (params, grads)]
     flat.append([np.zeros_like(p) for p in flat[0]])
@@ -201,7 +232,7 @@ def by_numba_at_once(params: Arrays, grads: Arrays, threads: int) -> Contender |
 
         return run
 
-    candidates = {"typed list": at_once(List)}
+    candidates = {"typed list": at_once(typed_list)}
     if len(params) <= 10:  # each length of a tuple is compiled anew
         candidates["tuple"] = at_once(tuple)
     return fastest(candidates)
@@ -215,10 +246,9 @@ def limit(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
     p, v = np.zeros(numel, np.float32), np.zeros(numel, np.float32)
     g = grads[0] if len(grads) == 1 else np.concatenate([g.ravel() for g in grads])
 
-    if find_spec("numba"):
-        import numba
-
-        kernel = numba_kernels()[3 if threads == 1 else 4]
+    if is_installed("numba"):
+        numba = import_module("numba")
+        kernel = _numba_kernels()[3 if threads == 1 else 4]
 
         def run(steps: int) -> None:
             if threads > 1:
