@@ -96,7 +96,7 @@ def _choose(opt: RMSprop, part: Part) -> None:
             raise ValueError(
                 f"{own[0]}: expected plain tensors of one shape, float32 or float64, in host"
                 f" memory, for torch's own rmsprop has no such option, got"
-                f" {opt._name(item.index)} with {_describe(item, group)}"
+                f" {opt._stepper.name_in(list(opt.param_groups), item.index)} with {_describe(item, group)}"
             )
 
 

@@ -106,8 +106,9 @@ class RMSprop(Optimizer):
             changes nothing and adds to ``skipped_steps``; ``"raise"``.
         contiguous_params: moves the parameters of one dtype in a group next to each other
             in one flat tensor, those in shared memory or part of another tensor
-            excepted; what else was in a parameter's memory stays behind. A step still looks at each of them, for ``p.data`` may be changed at
-            any time, so it is not faster for it.
+            excepted; what else was in a parameter's memory stays behind. A step still
+            looks at each of them, for ``p.data`` may be changed at any time, so it is
+            not faster for it.
         threads: at most so many threads. None: ``RMSPROP_NUM_THREADS``, or else
             ``torch.get_num_threads()``. Small steps stay on the caller.
 
@@ -204,7 +205,8 @@ class RMSprop(Optimizer):
         used = {key: value for key, value in own.items() if value}
         super().__init__(params, {**defaults, **used})
 
-    # Made when first needed: they are in no pickle, and a subclass may call Optimizer.__init__ itself.
+    # Made when first needed: they are in no pickle, and a subclass may call
+    # Optimizer.__init__ itself.
     @cached_property
     def _stepper(self) -> _core.Stepper:
         return _core.Stepper()
@@ -383,15 +385,6 @@ class RMSprop(Optimizer):
                 mixed.step(self)
         finally:
             turn.release()
-
-    def _name(self, index: int) -> str:
-        """Names a parameter in a message: "parameter 3 ('fc.weight')"."""
-        names = [
-            name
-            for group in self.param_groups
-            for name in group.get("param_names", [None] * len(group["params"]))
-        ]
-        return f"parameter {index}" + (f" ({names[index]!r})" if names[index] else "")
 
     def _unscale(self, found_inf: Tensor) -> bool:
         """Does what torch.amp.GradScaler leaves to the step; whether there is one.

@@ -9,7 +9,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::optimizer::{max_grad_norm_of, nonfinite_name, nonfinite_of, threads_of};
 use super::options::{Change, Snapshot, TORCH_FLAGS, is_torch_config, torch_config_of};
 use super::tensor::torch::{GroupPairs, Manner, Pair, Rows, Source, Torch, Unfit, takes};
-use super::tensor::work::{ELSEWHERE, Gathered};
+use super::tensor::work::{ELSEWHERE, Gathered, culprit};
 use super::turn::Turns;
 use crate::config::Config;
 use crate::kernel::dispatch::isa;
@@ -148,6 +148,12 @@ impl Stepper {
         takes.collect()
     }
 
+    /// A parameter's name in a message: "parameter 3 ('fc.weight')".
+    #[staticmethod]
+    fn name_in(groups: &Bound<'_, PyList>, index: usize) -> PyResult<String> {
+        culprit_in(groups, "parameter", index)
+    }
+
     /// Counts a step that was left out.
     fn skip(&self, py: Python<'_>) -> PyResult<()> {
         let mut turn = self.0.wait(py)?;
@@ -194,15 +200,9 @@ impl Stepper {
         Ok(())
     }
 
-    #[getter(last_grad_norm)]
-    fn get_last_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+    #[getter]
+    fn last_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
         Ok(self.0.wait(py)?.last_grad_norm)
-    }
-
-    #[setter(last_grad_norm)]
-    fn set_last_grad_norm(&self, py: Python<'_>, value: Option<f64>) -> PyResult<()> {
-        self.0.wait(py)?.last_grad_norm = value;
-        Ok(())
     }
 
     #[getter(skipped_steps)]
@@ -447,7 +447,7 @@ impl Contents {
             } => {
                 let culprit = match index {
                     ELSEWHERE => "a gradient of another process".to_owned(),
-                    index => culprit("gradient", index, dicts)?,
+                    index => culprit_in(dicts, "gradient", index)?,
                 };
                 let found = found.to_string().to_lowercase();
                 let place = match index {
@@ -496,23 +496,19 @@ fn not_taken(unfit: Unfit) -> PyErr {
     }
 }
 
-/// "gradient 3 ('fc.weight')".
-fn culprit(what: &str, index: usize, dicts: &Bound<'_, PyList>) -> PyResult<String> {
+/// Names a parameter, or what belongs to it, by its index over all groups.
+fn culprit_in(dicts: &Bound<'_, PyList>, what: &str, index: usize) -> PyResult<String> {
     let py = dicts.py();
-    let mut first = 0;
+    let mut place = index;
     for dict in dicts.iter() {
         let count = dict.get_item(intern!(py, "params"))?.len()?;
-        if index < first + count {
-            let names = dict
-                .cast::<PyDict>()?
-                .get_item(intern!(py, "param_names"))?;
-            let name = names.and_then(|names| names.get_item(index - first).ok());
-            return Ok(match name {
-                Some(name) => format!("{what} {index} ('{name}')"),
-                None => format!("{what} {index}"),
-            });
+        if place < count {
+            let names = dict.get_item(intern!(py, "param_names"));
+            let name = names.and_then(|names| names.get_item(place)).ok();
+            let name = name.map(|name| name.to_string());
+            return Ok(culprit(what, index, name.as_deref()));
         }
-        first += count;
+        place -= count;
     }
-    Ok(format!("{what} {index}"))
+    Ok(culprit(what, index, None))
 }

@@ -30,6 +30,25 @@ struct DataType {
     lanes: u16,
 }
 
+impl Device {
+    /// Host memory; the pinned kinds are ordinary memory to a CPU.
+    fn is_host(self) -> bool {
+        matches!(self.kind, 1 | 3 | 11)
+    }
+}
+
+impl DataType {
+    /// The element type of parameters that it is, if any.
+    #[inline]
+    fn float(self) -> Option<DType> {
+        match (self.code, self.bits, self.lanes) {
+            (2, 32, 1) => Some(DType::F32),
+            (2, 64, 1) => Some(DType::F64),
+            _ => None,
+        }
+    }
+}
+
 /// `DLTensor`.
 #[repr(C)]
 struct RawTensor {
@@ -225,22 +244,10 @@ impl RawTensor {
     /// The tensor is filled in, and in `'a` nobody touches it.
     #[inline]
     unsafe fn view<'a>(&self) -> Option<View<'a>> {
-        let dtype = match self.dtype {
-            DataType {
-                code: 2,
-                bits: 32,
-                lanes: 1,
-            } => DType::F32,
-            DataType {
-                code: 2,
-                bits: 64,
-                lanes: 1,
-            } => DType::F64,
-            _ => return None,
-        };
-        let is_host = matches!(self.device.kind, 1 | 3 | 11);
+        let dtype = self.dtype.float()?;
         let ndim = usize::try_from(self.ndim).ok()?;
-        if !is_host || (ndim > 0 && (self.shape.is_null() || self.strides.is_null())) {
+        if !self.device.is_host() || (ndim > 0 && (self.shape.is_null() || self.strides.is_null()))
+        {
             return None;
         }
         let [shape, strides] = [self.shape, self.strides].map(|lens| match ndim {
@@ -475,19 +482,8 @@ unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
     };
     let shape: Option<Vec<usize>> = shape.iter().map(|&len| usize::try_from(len).ok()).collect();
     let shape = shape.filter(|shape| shape.len() == ndim).ok_or_else(bad)?;
-    let dtype = match raw.dtype {
-        DataType {
-            code: 2,
-            bits: 32,
-            lanes: 1,
-        } => DType::F32,
-        DataType {
-            code: 2,
-            bits: 64,
-            lanes: 1,
-        } => DType::F64,
-        other => return Err(Refusal::dtype(&type_name(other), &shape)),
-    };
+    let dtype = raw.dtype.float();
+    let dtype = dtype.ok_or_else(|| Refusal::dtype(&type_name(raw.dtype), &shape))?;
     let numel = match shape.contains(&0) {
         true => Some(0),
         false => shape
@@ -528,9 +524,10 @@ unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
 }
 
 fn check_device(device: Device) -> Result<(), Refusal> {
-    // Host memory; the pinned kinds are ordinary memory to a CPU.
+    if device.is_host() {
+        return Ok(());
+    }
     let name = match device.kind {
-        1 | 3 | 11 => return Ok(()),
         2 => "cuda",
         4 => "opencl",
         7 => "vulkan",

@@ -161,7 +161,7 @@ fn has_own_grad(object: &Bound<'_, PyAny>) -> PyResult<bool> {
 }
 
 /// "parameter 3 ('fc.weight')".
-fn culprit(what: &str, index: usize, name: Option<&str>) -> String {
+pub(crate) fn culprit(what: &str, index: usize, name: Option<&str>) -> String {
     match name {
         Some(name) => format!("{what} {index} ('{name}')"),
         None => format!("{what} {index}"),
