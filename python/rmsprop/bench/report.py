@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TextIO
 
 from rmsprop import info, machine
@@ -245,9 +246,11 @@ def plot(about: dict[str, Any], sections: list[Section], path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         axes.set_title(f"{front}, {_threads(threads)}", fontsize=9, loc="left")
+    # A command may be longer than the picture is wide.
+    lines = [fill(line, 100) for line in headline(about).splitlines()]
     column[-1, 0].set_xlabel(
         "median time of a step over that of rmsprop, which is in bold; "
-        f"* another rule\n\n{headline(about)}",
+        "* another rule\n\n" + "\n".join(lines),
         fontsize=7,
     )
     figure.savefig(path, dpi=150)
