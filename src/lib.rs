@@ -48,6 +48,7 @@ mod error;
 mod kernel;
 mod optimizer;
 mod parallel;
+mod pool;
 #[cfg(feature = "python")]
 mod python;
 mod state;

@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::kernel::batch::{Batch, Storage};
 use crate::kernel::dispatch::{Isa, isa};
 use crate::kernel::{Hyper, Real, Rows};
-use crate::parallel::default_threads;
+use crate::parallel::{Threads, default_threads};
 use crate::state::{State, StateKey};
 
 /// RMSprop over slices of `T`, `f32` or `f64`.
@@ -174,9 +174,10 @@ impl<T: Real> RmsProp<T> {
         for group in &mut self.groups {
             group.push(&mut batch, &mut params, &grad)?;
         }
+        let threads = Threads::of_step(self.threads, batch.bytes());
         let verdict = self.clipping.judge(&mut OneBatch {
             batch: &mut batch,
-            threads: self.threads,
+            threads: &threads,
         });
         match verdict.outcome {
             Outcome::Update { factor } => batch.clip(factor),
@@ -197,7 +198,7 @@ impl<T: Real> RmsProp<T> {
                 });
             }
         }
-        batch.update(self.threads);
+        batch.update(&threads);
         self.last_grad_norm = verdict.norm;
         let mut index = 0;
         for group in &mut self.groups {
@@ -430,7 +431,7 @@ impl HyperCache {
 
 struct OneBatch<'b, 's, 'a, T> {
     batch: &'b mut Batch<'s, 'a, T>,
-    threads: usize,
+    threads: &'b Threads,
 }
 
 impl<T: Real> Gradients for OneBatch<'_, '_, '_, T> {

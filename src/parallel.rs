@@ -1,33 +1,148 @@
-//! Sharing the chunks of a step among threads.
+//! How many threads a step uses.
 //!
-//! The caller works too. It hands tickets to a private pool and claims chunks itself; once they are
-//! all claimed it closes the job and waits only for the workers that had entered. A worker that
-//! wakes up late finds the job closed and touches nothing. (rayon's `in_place_scope` waits for
-//! tickets nobody has begun as well: 12 µs a step more.)
-//!
-//! The pool belongs to the process that made it. After `fork` the child finds another process id,
-//! leaks the parent's pool, whose threads it does not have, and makes its own.
+//! One more pays if it saves more than waking it costs: 20 to 40 µs for a worker that sleeps, next to
+//! nothing for one that is awake. While steps follow each other at once, workers stay awake between
+//! them ([`crate::pool`]), and smaller steps use them.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use crate::error::Error;
 
-/// Bytes below which a step stays on the caller: half a million f32 elements, p g v.
+/// Bytes below which a step stays on the caller while the workers sleep: half a million f32
+/// elements, p g v.
 ///
-/// Waking a sleeping worker takes 25 to 40 µs. Medians of two runs after a pause of 300 µs, two
-/// cores of a Zen 5, 2026-11-22, one thread against two: 262 k elements 42 to 53 µs against 45 to
-/// 62; 524 k 94 to 111 against 98 to 105; 786 k 174 to 276 against 151 to 196. Hot, two were no
-/// faster below 786 k.
-const SERIAL_BYTES: usize = 10 << 20;
+/// Medians of two runs after a pause of 300 µs, two cores of a Zen 5, 2026-11-22, one thread
+/// against two: 262 k elements 42 to 53 µs against 45 to 62; 524 k 94 to 111 against 98 to 105;
+/// 786 k 174 to 276 against 151 to 196.
+const SERIAL_BYTES_ASLEEP: usize = 10 << 20;
 
-/// How many of `threads` are worth waking for work that moves `bytes`, and allowed.
-pub(crate) fn useful_threads(threads: usize, bytes: usize) -> usize {
-    if bytes < SERIAL_BYTES {
-        1
-    } else {
-        let useful = threads.min(1 + bytes / (SERIAL_BYTES / 2));
-        thread_limit().map_or(useful, |limit| useful.min(limit))
+/// The same while they are awake.
+pub(crate) const SERIAL_BYTES: usize = 1 << 20;
+
+/// The threads of a step, decided when it begins; dropped when it ends.
+pub(crate) struct Threads {
+    allowed: usize,
+    /// Work that moves fewer bytes stays on the caller.
+    serial_bytes: usize,
+}
+
+impl Threads {
+    /// The caller alone.
+    pub const CALLER: Threads = Threads {
+        allowed: 1,
+        serial_bytes: usize::MAX,
+    };
+
+    /// For a step that may use so many threads and moves so many bytes.
+    #[inline]
+    pub fn of_step(allowed: usize, bytes: usize) -> Self {
+        let is_forced = IS_FORCED.load(Relaxed);
+        if allowed <= 1 || (bytes < SERIAL_BYTES && !is_forced) || cfg!(not(feature = "rayon")) {
+            return Threads::CALLER;
+        }
+        let allowed = thread_limit().map_or(allowed, |limit| allowed.min(limit));
+        if allowed <= 1 {
+            return Threads::CALLER;
+        }
+        let is_fast = pace::begin();
+        let serial_bytes = match (is_forced, is_fast) {
+            (true, _) => 0,
+            (_, true) => SERIAL_BYTES,
+            (_, false) => SERIAL_BYTES_ASLEEP,
+        };
+        Threads {
+            allowed,
+            serial_bytes,
+        }
     }
+
+    /// How many to use for work that moves so many bytes.
+    pub fn useful(&self, bytes: usize) -> usize {
+        match (bytes < self.serial_bytes, self.serial_bytes / 2) {
+            (true, _) => 1,
+            (_, 0) => self.allowed,
+            (_, share) => self.allowed.min(1 + bytes / share),
+        }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        if self.allowed > 1 {
+            pace::end();
+        }
+    }
+}
+
+/// How fast steps follow each other in this process.
+pub(crate) mod pace {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
+    use std::time::{Duration, Instant};
+
+    /// The longest pause that counts as none. Waiting awake longer than it takes to wake up wins
+    /// nothing.
+    pub const PAUSE: Duration = Duration::from_micros(30);
+
+    /// Steps in a row without a pause that make it likely that another one follows. Clipping and
+    /// updating are one step; two optimizers, or three, may take turns in a loop that pauses then.
+    const ENOUGH: i32 = 4;
+
+    /// Steps without a pause that do without workers after one had to be waited for.
+    #[cfg(feature = "rayon")]
+    const DISAPPOINTED: i32 = 100;
+
+    /// When the last step began and ended, in ns since the first; hints, so no order is needed.
+    static BEGAN: AtomicU64 = AtomicU64::new(0);
+    static ENDED: AtomicU64 = AtomicU64::new(0);
+    static IN_A_ROW: AtomicI32 = AtomicI32::new(0);
+
+    fn now() -> u64 {
+        static FIRST: OnceLock<Instant> = OnceLock::new();
+        FIRST.get_or_init(Instant::now).elapsed().as_nanos() as u64
+    }
+
+    /// A step begins. Whether steps are fast: they follow each other without a pause, one at a time.
+    pub fn begin() -> bool {
+        let now = now();
+        let ended = ENDED.load(Relaxed);
+        let is_alone = BEGAN.swap(now, Relaxed) <= ended;
+        let follows = is_alone && u128::from(now.saturating_sub(ended)) <= PAUSE.as_nanos();
+        let in_a_row = IN_A_ROW.load(Relaxed);
+        let in_a_row = match follows {
+            true => in_a_row.saturating_add(1),
+            false => in_a_row.min(0),
+        };
+        IN_A_ROW.store(in_a_row, Relaxed);
+        in_a_row >= ENOUGH
+    }
+
+    /// The step ends.
+    pub fn end() {
+        ENDED.store(now(), Relaxed);
+    }
+
+    /// A worker had to be waited for: something else runs on its core, and will for a while.
+    #[cfg(feature = "rayon")]
+    pub fn disappoint() {
+        IN_A_ROW.store(-DISAPPOINTED, Relaxed);
+    }
+
+    /// Whether steps were fast when the last one began.
+    #[cfg(feature = "rayon")]
+    pub fn is_fast() -> bool {
+        IN_A_ROW.load(Relaxed) >= ENOUGH
+    }
+}
+
+/// Steps use all threads that they may, however small they are.
+static IS_FORCED: AtomicBool = AtomicBool::new(false);
+
+/// Lets steps use all threads that they may, however small they are, or no longer: for benchmarks of
+/// where threads begin to pay.
+#[cfg(feature = "python")]
+pub(crate) fn force_threads(is_forced: bool) {
+    IS_FORCED.store(is_forced, Relaxed);
 }
 
 /// What no step of this process may exceed; 0 for no limit.
@@ -35,14 +150,14 @@ static LIMIT: AtomicUsize = AtomicUsize::new(0);
 
 /// The limit on the threads of every step in this process, whatever its optimizer was told.
 pub(crate) fn thread_limit() -> Option<usize> {
-    Some(LIMIT.load(Ordering::Relaxed)).filter(|&limit| limit > 0)
+    Some(LIMIT.load(Relaxed)).filter(|&limit| limit > 0)
 }
 
 /// Limits the threads of every step in this process from its next step on; `None` takes the limit
 /// away. It is for threadpoolctl, by which programs that nest pools of threads keep them apart.
 #[cfg(feature = "python")]
 pub(crate) fn set_thread_limit(limit: Option<std::num::NonZeroUsize>) {
-    LIMIT.store(limit.map_or(0, usize::from), Ordering::Relaxed);
+    LIMIT.store(limit.map_or(0, usize::from), Relaxed);
 }
 
 /// The threads of an optimizer that was not told: `RMSPROP_NUM_THREADS`, or else as many as this
@@ -74,183 +189,5 @@ pub(crate) fn threads_from_environment() -> Result<Option<usize>, Error> {
     match found.trim().parse() {
         Ok(threads) if threads >= 1 => Ok(Some(threads)),
         _ => Err(Error::Threads { name, found }),
-    }
-}
-
-pub(crate) use shared::for_each;
-
-#[cfg(not(feature = "rayon"))]
-mod shared {
-    use std::sync::Arc;
-
-    /// Calls `work(shared, index)` for every index below `count`.
-    pub(crate) fn for_each<S>(shared: &Arc<S>, count: usize, _threads: usize, work: fn(&S, usize)) {
-        (0..count).for_each(|index| work(shared, index));
-    }
-}
-
-#[cfg(feature = "rayon")]
-mod shared {
-    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    use std::sync::{Arc, Mutex, PoisonError};
-    use std::thread::Thread;
-
-    use crate::kernel::dispatch::FloatMode;
-
-    /// Calls `work(shared, index)` once for every index below `count`, on up to `threads` threads,
-    /// the calling one included, all in its floating-point mode. When it returns, no other thread
-    /// holds `shared` or runs `work`.
-    pub(crate) fn for_each<S: Send + Sync + 'static>(
-        shared: &Arc<S>,
-        count: usize,
-        threads: usize,
-        work: fn(&S, usize),
-    ) {
-        let helpers = threads.min(count).saturating_sub(1);
-        let Some(pool) = (helpers > 0).then(|| pool(helpers)).flatten() else {
-            return (0..count).for_each(|index| work(shared, index));
-        };
-        let job = Arc::new(Job {
-            shared: Mutex::new(Some(Arc::clone(shared))),
-            work,
-            count,
-            next: AtomicUsize::new(0),
-            gate: AtomicUsize::new(0),
-            panicked: AtomicBool::new(false),
-            mode: FloatMode::current(),
-            caller: std::thread::current(),
-        });
-        for _ in 0..helpers {
-            let job = Arc::clone(&job);
-            pool.spawn(move || job.help());
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(|| job.claim(shared)));
-        job.close();
-        if let Err(panic) = outcome {
-            resume_unwind(panic);
-        }
-        assert!(
-            !job.panicked.load(Ordering::Relaxed),
-            "a worker of a step panicked"
-        );
-    }
-
-    struct Job<S> {
-        /// What the chunks are of; taken away when the job is closed.
-        shared: Mutex<Option<Arc<S>>>,
-        work: fn(&S, usize),
-        count: usize,
-        /// The next chunk to claim.
-        next: AtomicUsize,
-        /// Workers inside, times two; plus one once it is closed.
-        gate: AtomicUsize,
-        panicked: AtomicBool,
-        mode: FloatMode,
-        caller: Thread,
-    }
-
-    const CLOSED: usize = 1;
-    const ONE_INSIDE: usize = 2;
-
-    impl<S: Send + Sync> Job<S> {
-        fn claim(&self, shared: &S) {
-            loop {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= self.count {
-                    return;
-                }
-                (self.work)(shared, index);
-            }
-        }
-
-        /// A worker's part.
-        fn help(&self) {
-            let enter = |gate| (gate & CLOSED == 0).then_some(gate + ONE_INSIDE);
-            if self
-                .gate
-                .fetch_update(Ordering::Acquire, Ordering::Relaxed, enter)
-                .is_err()
-            {
-                return;
-            }
-            let shared = self
-                .shared
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone();
-            if let Some(shared) = shared {
-                let outcome = catch_unwind(AssertUnwindSafe(|| {
-                    self.mode.during(|| self.claim(&shared))
-                }));
-                if outcome.is_err() {
-                    self.panicked.store(true, Ordering::Relaxed);
-                }
-            }
-            if self.gate.fetch_sub(ONE_INSIDE, Ordering::Release) == ONE_INSIDE + CLOSED {
-                self.caller.unpark();
-            }
-        }
-
-        /// Lets nobody in any more, and waits for those inside to leave.
-        fn close(&self) {
-            let mut gate = self.gate.fetch_or(CLOSED, Ordering::AcqRel) | CLOSED;
-            // The last chunk of a worker takes a few µs: look for it before sleeping.
-            for _ in 0..1000 {
-                if gate == CLOSED {
-                    break;
-                }
-                std::hint::spin_loop();
-                gate = self.gate.load(Ordering::Acquire);
-            }
-            while self.gate.load(Ordering::Acquire) != CLOSED {
-                std::thread::park();
-            }
-            self.shared
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take();
-        }
-    }
-
-    struct Pool {
-        process: u32,
-        workers: usize,
-        threads: Arc<rayon::ThreadPool>,
-    }
-
-    static POOL: Mutex<Option<Pool>> = Mutex::new(None);
-
-    /// A pool of this process with at least `workers` threads; `None` if there can be none just
-    /// now.
-    fn pool(workers: usize) -> Option<Arc<rayon::ThreadPool>> {
-        // Never waits: should another thread hold the lock, or have held it when this process was
-        // forked, the step runs on the caller.
-        let mut slot = POOL.try_lock().ok()?;
-        let process = std::process::id();
-        match &*slot {
-            Some(pool) if pool.process == process && pool.workers >= workers => {
-                return Some(Arc::clone(&pool.threads));
-            }
-            _ => {}
-        }
-        let threads = rayon::ThreadPoolBuilder::new()
-            .num_threads(workers)
-            .thread_name(|index| format!("rmsprop-{index}"))
-            .build()
-            .ok()?;
-        let threads = Arc::new(threads);
-        let new = Pool {
-            process,
-            workers,
-            threads: Arc::clone(&threads),
-        };
-        if let Some(old) = slot.replace(new)
-            && old.process != process
-        {
-            // Dropping it would wait for threads that only the parent has.
-            std::mem::forget(old);
-        }
-        Some(threads)
     }
 }

@@ -199,15 +199,26 @@ def test_bad_environment_variable(value, monkeypatch):
         make(threads=None)
 
 
-def test_idle_pool_burns_no_cpu(run_python):
-    code = """
+@pytest.mark.parametrize("numel", [100_000, MODERATE])
+def test_steps_without_a_pause_on_threads_that_stay_awake(numel):
+    grad = gradient(numel)
+    (param, opt), (expected, alone) = make(numel), make(numel, threads=1)
+    steps(opt, 200, grad)()
+    steps(alone, 200, grad)()
+    assert (param == expected).all()
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_idle_pool_burns_no_cpu(count, run_python):
+    code = f"""
 import time
 import numpy as np
 from rmsprop import RMSprop
 
-param = np.ones(3_000_000, np.float32)
+param = np.ones(600_000, np.float32)
 opt = RMSprop([param], threads=3)
-opt.step(grads=[np.ones_like(param)])
+for _ in range({count}):
+    opt.step(grads=[np.ones_like(param)])
 time.sleep(0.1)
 before = time.process_time()
 time.sleep(1)

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::dispatch::{self, Isa};
 use super::{Hyper, Real, Rows, norm};
-use crate::parallel;
+use crate::parallel::Threads;
+use crate::pool;
 
 /// Elements a thread takes at a time: 64 KiB of each f32 stream, so that the streams of a chunk fit
 /// the second-level cache and a step of a millisecond still has enough chunks to balance.
@@ -254,7 +255,6 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     }
 
     /// Bytes that an update reads and writes, about.
-    #[cfg(feature = "python")] // There the GIL is at stake.
     pub fn bytes(&self) -> usize {
         self.pieces.numel * STREAMS * size_of::<T>()
     }
@@ -310,13 +310,13 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     }
 
     /// The sum of the squares of all gradients, in `f64` ([`norm`]).
-    pub fn sum_squares(&mut self, threads: usize) -> f64 {
+    pub fn sum_squares(&mut self, threads: &Threads) -> f64 {
         let pieces = &mut *self.pieces;
         if pieces.numel == 0 {
             return 0.0;
         }
         let chunks = pieces.numel.div_ceil(norm::CHUNK);
-        let threads = parallel::useful_threads(threads, pieces.numel * size_of::<T>());
+        let threads = threads.useful(pieces.numel * size_of::<T>());
         if threads <= 1 {
             let mut sum = 0.0;
             pieces.squares_of(0..chunks, |_, square| sum += square);
@@ -341,7 +341,7 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
         self.pieces.index();
         let empty = Pieces::new(self.pieces.isa);
         let shared = Arc::new(std::mem::replace(self.pieces, empty));
-        parallel::for_each(&shared, count, threads, work);
+        pool::for_each(&shared, count, threads, work);
         *self.pieces = Arc::into_inner(shared)
             .expect("when `for_each` has returned, no other thread holds what it shared");
     }
@@ -375,9 +375,9 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     }
 
     /// Updates every parameter and its state.
-    pub fn update(mut self, threads: usize) {
+    pub fn update(mut self, threads: &Threads) {
+        let threads = threads.useful(self.bytes());
         let pieces = &*self.pieces;
-        let threads = parallel::useful_threads(threads, pieces.numel * STREAMS * size_of::<T>());
         if threads <= 1 {
             for piece in &pieces.pieces {
                 pieces.update_range(piece, 0, piece.numel);

@@ -20,7 +20,7 @@ use pyo3::types::PyDict;
 use crate::config::Config;
 use crate::dialect::DIALECTS;
 use crate::kernel::dispatch::isa;
-use crate::parallel::{default_threads, set_thread_limit, thread_limit};
+use crate::parallel::{default_threads, force_threads, set_thread_limit, thread_limit};
 
 /// The options that a dialect fixes; ValueError for an unknown name.
 #[pyfunction]
@@ -76,6 +76,13 @@ fn _set_thread_limit(limit: Option<NonZeroUsize>) {
     set_thread_limit(limit);
 }
 
+/// Lets steps use all threads that they may, however small they are, or no longer: for
+/// `benches/threads.py`.
+#[pyfunction]
+fn _force_threads(is_forced: bool) {
+    force_threads(is_forced);
+}
+
 // What arrays, tensors and dicts lend is read without a lock: the GIL is what keeps others away.
 #[pymodule(gil_used = true)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -92,5 +99,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(_thread_limit, module)?)?;
     module.add_function(wrap_pyfunction!(_set_thread_limit, module)?)?;
+    module.add_function(wrap_pyfunction!(_force_threads, module)?)?;
     module.add_function(wrap_pyfunction!(turn::after_fork, module)?)
 }

@@ -16,6 +16,7 @@ use super::tensor::{DType, Source, is_same};
 use crate::kernel::batch::Storage;
 use crate::kernel::dispatch::Isa;
 use crate::optimizer::{Clipping, Outcome, Verdict};
+use crate::parallel::Threads;
 use crate::state::StateKey;
 
 /// Bytes that a step reads and writes from which on it releases the GIL: some 30 µs of work. The
@@ -259,7 +260,8 @@ impl Inner {
         if work.bytes() >= DETACH_BYTES {
             return Ok(None);
         }
-        let threads = self.threads.unwrap_or(self.default_threads);
+        let allowed = self.threads.unwrap_or(self.default_threads);
+        let threads = Threads::of_step(allowed, work.bytes());
         Ok(Some(work.run(&self.clipping, threads, None)))
     }
 
@@ -267,7 +269,7 @@ impl Inner {
     fn step_held(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<Verdict> {
         self.is_holding = true;
         self.take_gradients(py, grads)?;
-        let threads = self.threads.unwrap_or(self.default_threads);
+        let allowed = self.threads.unwrap_or(self.default_threads);
         let clipping = self.clipping;
         let Inner {
             groups,
@@ -298,6 +300,7 @@ impl Inner {
             ..
         } = assembly;
         let bytes = work.bytes();
+        let threads = Threads::of_step(allowed, bytes);
         let run = move || work.run(&clipping, threads, None);
         let verdict = if bytes < DETACH_BYTES {
             run()

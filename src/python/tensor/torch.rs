@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::kernel::batch::{Dim, Layout, Storage};
 use crate::kernel::dispatch::Isa;
 use crate::optimizer::{Clipping, HyperCache, Outcome, Verdict};
-use crate::parallel::useful_threads;
+use crate::parallel::{SERIAL_BYTES, Threads};
 use crate::state::StateKey;
 
 /// What torch offers to read its tensors with, looked up once.
@@ -379,16 +379,16 @@ impl Rows {
         // function in C), or while the GIL is away all objects are held.
         let mut work = unsafe { notes.fill(work, torch, groups, source)? };
         let bytes = work.bytes();
-        let threads = match manner.threads {
+        let allowed = match manner.threads {
             Some(threads) => threads,
-            None if useful_threads(usize::MAX, bytes) > 1 => torch.num_threads(py)?,
+            None if bytes >= SERIAL_BYTES => torch.num_threads(py)?,
             None => 1,
         };
+        let mut threads = Threads::of_step(allowed, bytes);
         // One after the other, rows may share elements as in torch.
-        let threads = match useful_threads(threads, bytes) > 1 && !work.suits_threads() {
-            true => 1,
-            false => threads,
-        };
+        if threads.useful(bytes) > 1 && !work.suits_threads() {
+            threads = Threads::CALLER;
+        }
         let run = move || work.run(&manner.clipping, threads, manner.gathered);
         let mut counts = Vec::new();
         let is_long = bytes >= DETACH_BYTES;
@@ -426,7 +426,7 @@ impl Rows {
         let work = Work::open(f32, f64);
         // SAFETY: nothing runs Python code here.
         let mut work = unsafe { notes.fill(work, torch, groups, source)? };
-        let squares = work.sum_squares(1);
+        let squares = work.sum_squares(&Threads::CALLER);
         let has_nonfinite = !squares.is_finite() && work.find_nonfinite().is_some();
         Ok((squares, has_nonfinite))
     }

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::kernel::Real;
 use crate::kernel::batch::{Batch, Dim, Layout, Piece, Storage};
 use crate::optimizer::{Clipping, Gradients, HyperCache, Outcome, Verdict};
+use crate::parallel::Threads;
 
 /// A parameter of an optimizer.
 pub(crate) struct Param {
@@ -673,7 +674,7 @@ pub(crate) const ELSEWHERE: usize = usize::MAX;
 /// The gradients of both types as one sequence: f32 first.
 struct Both<'b, 's, 'a> {
     work: &'b mut Work<'s, 'a>,
-    threads: usize,
+    threads: &'b Threads,
     gathered: Option<Gathered>,
 }
 
@@ -717,20 +718,20 @@ impl<'s> Work<'s, '_> {
     pub fn run(
         mut self,
         clipping: &Clipping,
-        threads: usize,
+        threads: Threads,
         gathered: Option<Gathered>,
     ) -> Verdict {
         let verdict = clipping.judge(&mut Both {
             work: &mut self,
-            threads,
+            threads: &threads,
             gathered,
         });
         if let Outcome::Update { factor } = verdict.outcome {
             let Work { mut f32, mut f64 } = self;
             f32.clip(factor);
             f64.clip(factor);
-            f32.update(threads);
-            f64.update(threads);
+            f32.update(&threads);
+            f64.update(&threads);
         }
         verdict
     }
@@ -739,7 +740,7 @@ impl<'s> Work<'s, '_> {
         self.f32.bytes() + self.f64.bytes()
     }
 
-    pub fn sum_squares(&mut self, threads: usize) -> f64 {
+    pub fn sum_squares(&mut self, threads: &Threads) -> f64 {
         self.f32.sum_squares(threads) + self.f64.sum_squares(threads)
     }
 
