@@ -1,6 +1,8 @@
 """Promise: state is made of ordinary tensors, as torch makes them, and whatever is changed between two steps counts at the next one."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -438,3 +440,37 @@ def test_strange_keys_of_state_are_left_alone():
         for state in side.state():
             assert state.pop("x\ud800") == 1
     assert_same(*sides)
+
+
+@pytest.mark.parametrize("numel", [1, 100, 100_000])
+def test_state_that_is_replaced_is_let_go(numel):
+    """At the next step, and large tensors at once; all of it with the optimizer."""
+    p = torch.nn.Parameter(torch.ones(numel))
+    p.grad = torch.ones(numel)
+    opt = RMSprop([p], momentum=0.9, centered=True)
+    opt.step()
+    opt.step()
+    first = [weakref.ref(value) for value in opt.state[p].values()]
+    opt.state[p] = {key: value.clone() for key, value in opt.state[p].items()}
+    if numel == 100_000:
+        assert sum(ref() is not None for ref in first) <= 1  # the count
+    opt.step()
+    assert not any(ref() for ref in first)
+    second = [weakref.ref(value) for value in opt.state[p].values()]
+    assert len(second) == 4
+    del opt
+    gc.collect()
+    assert not any(ref() for ref in second)
+
+
+def test_an_optimizer_that_its_parameter_refers_to_is_collected():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = RMSprop([p])
+    opt.step()
+    opt.step()
+    p.register_post_accumulate_grad_hook(lambda _: opt.step())
+    refs = [weakref.ref(p), weakref.ref(opt), weakref.ref(opt.state[p]["square_avg"])]
+    del p, opt
+    gc.collect()
+    assert not any(ref() for ref in refs)

@@ -392,6 +392,8 @@ impl Contents {
     #[cold]
     fn reread_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<bool> {
         self.groups.truncate(k);
+        // Indices may have changed.
+        self.rows.unpin();
         let py = dict.py();
         let snapshot = Snapshot::new(dict, true);
         let config = torch_config_of(dict, &format!(" of group {k}"))?;

@@ -102,7 +102,7 @@ struct Header {
 struct ExchangeTable {
     header: Header,
     managed_allocator: *const c_void,
-    managed_from_object: *const c_void,
+    managed_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut *mut Versioned) -> c_int>,
     managed_to_object: *const c_void,
     tensor_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut RawTensor) -> c_int>,
     current_work_stream: *const c_void,
@@ -236,6 +236,24 @@ impl Exchange {
             }
             raw.assume_init_ref().view()
         }
+    }
+
+    /// A reference to the tensor itself, as other C++ code may have one, besides Python's to its
+    /// object. None if the library does not give one.
+    ///
+    /// # Safety
+    /// `object` is a valid reference of the table's type, and the GIL is held.
+    pub unsafe fn keep(self, object: *mut ffi::PyObject) -> Option<Managed> {
+        let mut kept = std::ptr::null_mut();
+        // SAFETY: passed on to the caller; on success the handle is ours.
+        unsafe {
+            let function = self.0.as_ref().managed_from_object?;
+            if function(object.cast(), &mut kept) != 0 {
+                ffi::PyErr_Clear();
+                return None;
+            }
+        }
+        NonNull::new(kept).map(|kept| Managed(Handle::Versioned(kept)))
     }
 }
 

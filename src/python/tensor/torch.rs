@@ -15,7 +15,7 @@ use std::ffi::CStr;
 use super::super::step::DETACH_BYTES;
 use super::DType;
 use super::dict::Walk;
-use super::dlpack::{Exchange, View};
+use super::dlpack::{Exchange, Managed, View};
 use super::overlap::Extent;
 use super::work::{Gathered, RawPiece, Work};
 use crate::config::Config;
@@ -157,33 +157,33 @@ impl<'py> StateWalk<'py> {
     }
 
     #[inline]
-    fn find(&mut self, parameter: &Py<PyAny>) -> Option<Entry> {
+    fn find(&mut self, parameter: &Py<PyAny>, config: &Config) -> Option<Entry> {
         let wanted = parameter.as_ptr();
         let found = match &self.places {
             None => {
                 let next = self.walk.by_ref().find(|(key, _)| *key == wanted);
                 next.map(|(_, value)| value)
             }
-            Some(places) => return self.entry(*places.get(&(wanted as usize))?),
+            Some(places) => return self.entry(*places.get(&(wanted as usize))?, config),
         };
         match found {
-            Some(found) => self.entry(found),
-            None => self.search(wanted),
+            Some(found) => self.entry(found, config),
+            None => self.search(wanted, config),
         }
     }
 
     #[cold]
-    fn search(&mut self, wanted: *mut ffi::PyObject) -> Option<Entry> {
+    fn search(&mut self, wanted: *mut ffi::PyObject, config: &Config) -> Option<Entry> {
         // SAFETY: by the contract of `new`.
         let walk = unsafe { Walk::new(self.state) };
         let places = walk.map(|(key, value)| (key as usize, value)).collect();
         let found = self.places.insert(places).get(&(wanted as usize)).copied();
-        self.entry(found?)
+        self.entry(found?, config)
     }
 
-    /// Reads the dict of one parameter.
+    /// Reads the dict of one parameter, until all that is used was found.
     #[inline]
-    fn entry(&self, dict: *mut ffi::PyObject) -> Option<Entry> {
+    fn entry(&self, dict: *mut ffi::PyObject, config: &Config) -> Option<Entry> {
         let py = self.py;
         // SAFETY: by the contract of `new` the reference is valid, and the dict is left alone.
         let walk = unsafe {
@@ -201,6 +201,9 @@ impl<'py> StateWalk<'py> {
             let key = unsafe { Borrowed::from_ptr(py, key) };
             if let Some(place) = entry.place(&key) {
                 *place = value;
+                if entry.is_complete(config) {
+                    break;
+                }
             }
         }
         Some(entry)
@@ -208,6 +211,12 @@ impl<'py> StateWalk<'py> {
 }
 
 impl Entry {
+    #[inline]
+    fn is_complete(&self, config: &Config) -> bool {
+        let is_there = |key: StateKey| !self.arrays[key as usize].is_null() || !key.is_used(config);
+        !self.step.is_null() && StateKey::ALL.into_iter().all(is_there)
+    }
+
     /// Where the value of a key goes.
     #[inline]
     fn place(&mut self, key: &Bound<'_, PyAny>) -> Option<&mut *mut ffi::PyObject> {
@@ -294,6 +303,7 @@ pub(crate) struct Rows {
     f32: Storage<f32>,
     f64: Storage<f64>,
     notes: Notes,
+    pins: Pins,
 }
 
 /// What a step notes of its tensors besides the work.
@@ -350,6 +360,7 @@ impl Rows {
             f32: Storage::new(isa, 0, 0),
             f64: Storage::new(isa, 0, 0),
             notes: Notes::default(),
+            pins: Pins::default(),
         }
     }
 
@@ -361,6 +372,12 @@ impl Rows {
     /// Lets go of what a step held.
     pub fn release(&mut self) {
         self.notes.held.clear();
+        self.pins.retired.clear();
+    }
+
+    /// Lets go of all state, which is about to change.
+    pub fn unpin(&mut self) {
+        self.pins.retired.append(&mut self.pins.pins);
     }
 
     /// Updates the parameters of the pairs and their state, and counts the step; or does nothing at
@@ -373,11 +390,16 @@ impl Rows {
         source: &Source<'_, '_>,
         manner: &Manner,
     ) -> Result<Verdict, Unfit> {
-        let Rows { f32, f64, notes } = self;
+        let Rows {
+            f32,
+            f64,
+            notes,
+            pins,
+        } = self;
         let work = Work::open(f32, f64);
         // SAFETY: from here to the end nothing runs Python code (the number of threads comes from a
         // function in C), or while the GIL is away all objects are held.
-        let mut work = unsafe { notes.fill(work, torch, groups, source)? };
+        let mut work = unsafe { notes.fill(work, torch, groups, source, pins)? };
         let bytes = work.bytes();
         let allowed = match manner.threads {
             Some(threads) => threads,
@@ -411,6 +433,8 @@ impl Rows {
                 unsafe { hold(py, &notes.arrays, &mut notes.held) };
             }
         }
+        // SAFETY: valid references in `fill`; no Python code has run since, or they are held.
+        unsafe { pins.update(torch) };
         drop(counts);
         Ok(verdict)
     }
@@ -422,10 +446,15 @@ impl Rows {
         groups: impl Iterator<Item = GroupPairs<'g>>,
         source: &Source<'_, '_>,
     ) -> Result<(f64, bool), Unfit> {
-        let Rows { f32, f64, notes } = self;
+        let Rows {
+            f32,
+            f64,
+            notes,
+            pins,
+        } = self;
         let work = Work::open(f32, f64);
         // SAFETY: nothing runs Python code here.
-        let mut work = unsafe { notes.fill(work, torch, groups, source)? };
+        let mut work = unsafe { notes.fill(work, torch, groups, source, pins)? };
         let squares = work.sum_squares(&Threads::CALLER);
         let has_nonfinite = !squares.is_finite() && work.find_nonfinite().is_some();
         Ok((squares, has_nonfinite))
@@ -445,7 +474,9 @@ impl Notes {
         torch: &Torch,
         groups: impl Iterator<Item = GroupPairs<'g>>,
         source: &Source<'_, '_>,
+        pins: &mut Pins,
     ) -> Result<Work<'s, 'a>, Unfit> {
+        pins.wanted.clear();
         self.steps.clear();
         self.counts.clear();
         self.arrays.clear();
@@ -455,7 +486,7 @@ impl Notes {
         for GroupPairs { config, pairs } in groups {
             let mut hypers = [HyperCache::default(), HyperCache::default()];
             for pair in pairs {
-                let entry = entries.next(&pair.p).ok_or(Unfit::Refused)?;
+                let entry = entries.next(&pair.p, config).ok_or(Unfit::Refused)?;
                 // SAFETY: pairs and entries are valid references; the rest is passed on to the
                 // caller.
                 let row =
@@ -483,6 +514,9 @@ impl Notes {
                 // the contract above. Rows may share elements with each other, which is why they
                 // are updated one after the other unless `Batch::is_apart`.
                 unsafe { work.push(row.dtype, config, t, &mut hypers, piece, row.layout) };
+                if row.numel <= Pins::NUMEL {
+                    pins.want(pair.index, &entry);
+                }
                 self.steps.push(row.step);
                 self.counts.push(entry.step as usize);
                 for (object, data) in entry.arrays.into_iter().zip([v, m, b]) {
@@ -495,6 +529,71 @@ impl Notes {
         match unsure.is_empty() {
             true => Ok(work),
             false => Err(Unfit::Unsure(unsure)),
+        }
+    }
+}
+
+/// References to small tensors of state, from step to step.
+///
+/// A tensor that only Python refers to makes torch take the GIL and count its object's references
+/// each time that C++ looks at it: 340 instructions in torch 2.15, three times a parameter and step,
+/// a fifth of what a step of small tensors costs. With a reference of C++'s it does not. What a
+/// step reads, it still reads anew. Not for parameters: a hook of one may refer to the optimizer,
+/// and Python's garbage collector does not see through this reference. Not for large tensors, whose
+/// memory somebody who deletes them wants at once.
+#[derive(Default)]
+struct Pins {
+    /// By the parameter's index.
+    pins: Vec<Pin>,
+    /// State that this step met and that is not pinned.
+    wanted: Vec<(usize, [usize; 4])>,
+    /// To be dropped when Python code may run.
+    retired: Vec<Pin>,
+}
+
+#[derive(Default)]
+struct Pin {
+    /// The addresses of step and arrays.
+    objects: [usize; 4],
+    _kept: Vec<Managed>,
+}
+
+impl Pins {
+    /// Elements of a small tensor: with all of its kind 16 KiB each.
+    const NUMEL: usize = 4096;
+
+    #[inline]
+    fn want(&mut self, index: usize, entry: &Entry) {
+        let [v, m, b] = entry.arrays;
+        let objects = [entry.step, v, m, b].map(|object| object as usize);
+        if self
+            .pins
+            .get(index)
+            .is_none_or(|pin| pin.objects != objects)
+        {
+            self.wanted.push((index, objects));
+        }
+    }
+
+    /// Pins what is wanted.
+    ///
+    /// # Safety
+    /// It is alive, and the GIL is held.
+    #[inline]
+    unsafe fn update(&mut self, torch: &Torch) {
+        for (index, objects) in self.wanted.drain(..) {
+            let len = self.pins.len().max(index + 1);
+            self.pins.resize_with(len, Pin::default);
+            let tensors = objects.iter().filter(|&&object| object != 0);
+            // SAFETY: passed on to the caller. They are of torch's class: `Row::read` looked, or, of
+            // state that is not used, this does.
+            let kept = tensors.filter_map(|&object| unsafe { torch.keep(object as *mut _) });
+            let pin = Pin {
+                objects,
+                _kept: kept.collect(),
+            };
+            self.retired
+                .push(std::mem::replace(&mut self.pins[index], pin));
         }
     }
 }
@@ -529,9 +628,9 @@ impl<'x, 'py> Entries<'x, 'py> {
     }
 
     #[inline]
-    fn next(&mut self, parameter: &Py<PyAny>) -> Option<Entry> {
+    fn next(&mut self, parameter: &Py<PyAny>, config: &Config) -> Option<Entry> {
         match self {
-            Entries::State(walk) => walk.find(parameter),
+            Entries::State(walk) => walk.find(parameter, config),
             Entries::Tuples(tuples) => Entry::of(tuples.next()?).ok(),
         }
     }
@@ -571,32 +670,14 @@ impl Row {
     unsafe fn read(
         torch: &Torch,
         config: &Config,
-        p: *mut ffi::PyObject,
+        object: *mut ffi::PyObject,
         g: *mut ffi::PyObject,
         entry: &Entry,
     ) -> Option<Self> {
-        let is_used = |key: StateKey| key.is_used(config);
         let [v, m, b] = entry.arrays;
-        let objects = [
-            (p, true),
-            (g, true),
-            (v, true),
-            (m, is_used(StateKey::GradAvg)),
-            (b, is_used(StateKey::MomentumBuffer)),
-        ];
         // SAFETY: passed on to the caller.
         let view = |object: *mut ffi::PyObject| unsafe { torch.view(object) };
-        let p = view(p)?;
-        let mut views = [p; 5];
-        let mut data = [0; 5];
-        for (k, (object, is_used)) in objects.into_iter().enumerate() {
-            if is_used {
-                if k > 0 {
-                    views[k] = view(object)?;
-                }
-                data[k] = views[k].data;
-            }
-        }
+        let p = view(object)?;
         let step = view(entry.step)?;
         if step.shape.iter().any(|&len| len != 1) || !step.is_aligned() {
             return None;
@@ -606,26 +687,31 @@ impl Row {
             dtype: step.dtype,
         };
         let numel = p.numel();
-        let is_alike = views[1..]
-            .iter()
-            .all(|other| other.dtype == p.dtype && other.is_walked_like(&p));
         let bytes = numel * p.dtype.size();
-        if is_alike && p.is_dense(numel) {
-            let is_apart = |a: usize, b: usize| a.abs_diff(b) >= bytes;
-            for (k, &x) in data.iter().enumerate().filter(|(_, x)| **x != 0) {
-                if x % p.dtype.size() != 0 || !data[..k].iter().all(|&y| is_apart(x, y)) {
-                    return None;
-                }
-            }
-            return Some(Row {
-                dtype: p.dtype,
-                numel,
-                data,
-                layout: None,
-                step,
-            });
+        let mut data = [p.data, 0, 0, 0, 0];
+        let mut is_alike = p.is_dense(numel) && p.is_aligned();
+        let mut add = |k: usize, object| {
+            let other = view(object)?;
+            data[k] = other.data;
+            is_alike &= other.dtype == p.dtype
+                && other.is_walked_like(&p)
+                && other.is_aligned()
+                && data[..k].iter().all(|&x| other.data.abs_diff(x) >= bytes);
+            Some(())
+        };
+        add(1, g)?;
+        add(2, v)?;
+        if config.centered {
+            add(3, m)?;
         }
-        let layout = Some(layout(&views, &data)?);
+        if StateKey::MomentumBuffer.is_used(config) {
+            add(4, b)?;
+        }
+        let layout = match is_alike {
+            true => None,
+            // SAFETY: passed on to the caller.
+            false => Some(unsafe { torch.layout([object, g, v, m, b], &data) }?),
+        };
         Some(Row {
             dtype: p.dtype,
             numel,
@@ -643,17 +729,52 @@ impl Torch {
     /// `object` is a valid reference or null; in `'a` no Python code runs.
     #[inline]
     unsafe fn view<'a>(&self, object: *mut ffi::PyObject) -> Option<View<'a>> {
-        if object.is_null() {
-            return None;
-        }
-        // SAFETY: the reference is valid.
-        let class = unsafe { ffi::Py_TYPE(object) }.cast();
-        if class != self.tensor.as_ptr() && class != self.parameter.as_ptr() {
+        // SAFETY: passed on to the caller.
+        if !unsafe { self.is_plain_object(object) } {
             return None;
         }
         // SAFETY: the table was found on `torch.Tensor`, whose Parameter is a plain tensor too; the
         // rest is passed on to the caller.
         unsafe { self.exchange.view(object) }
+    }
+
+    /// The walk over arrays p g v m b that do not all lie alike; None if they are not for the core.
+    ///
+    /// # Safety
+    /// As [`Torch::view`], for those whose address is not 0.
+    #[cold]
+    unsafe fn layout(&self, objects: [*mut ffi::PyObject; 5], data: &[usize; 5]) -> Option<Layout> {
+        // SAFETY: passed on to the caller.
+        let view = |k: usize| unsafe { self.view(objects[k]) };
+        let mut views = [view(0)?; 5];
+        for k in (1..5).filter(|&k| data[k] != 0) {
+            views[k] = view(k)?;
+        }
+        layout(&views, data)
+    }
+
+    /// A reference to a tensor of plain class.
+    ///
+    /// # Safety
+    /// `object` is a valid reference or null.
+    unsafe fn keep(&self, object: *mut ffi::PyObject) -> Option<Managed> {
+        // SAFETY: passed on to the caller; the table is this class's.
+        unsafe {
+            match self.is_plain_object(object) {
+                true => self.exchange.keep(object),
+                false => None,
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Torch::keep`].
+    #[inline]
+    unsafe fn is_plain_object(&self, object: *mut ffi::PyObject) -> bool {
+        // SAFETY: the reference is valid if it is not null.
+        let class = |object| unsafe { ffi::Py_TYPE(object) }.cast();
+        !object.is_null()
+            && (class(object) == self.tensor.as_ptr() || class(object) == self.parameter.as_ptr())
     }
 }
 
