@@ -31,6 +31,13 @@ DIALECTS = {
 }
 
 
+def load() -> list[np.ndarray]:
+    """Images to train and to test with, then the labels of both."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    return train_test_split(images, labels, test_size=1 / 3, random_state=0)
+
+
 class Perceptron:
     """`x @ w + b` with ReLU in between; `backward` sets the parameters' `.grad`."""
 
@@ -172,9 +179,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("build/digits.png"))
     path = parser.parse_args().plot
 
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
-    data = train_test_split(images, labels, test_size=1 / 3, random_state=0)
+    data = load()
     compare(data)
 
     runs: dict[str, list[Run]] = {}

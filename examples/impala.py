@@ -31,7 +31,6 @@ import torch
 from rmsprop.torch import RMSprop
 from torch import Tensor, nn
 from torch import multiprocessing as mp
-from torch.nn.utils import clip_grad_norm_
 
 ACTORS, LEARNERS, BUFFERS, BATCH, UNROLL = 2, 2, 32, 8, 20
 DISCOUNT, VALUE_COST, ENTROPY_COST = 0.99, 0.1, 0.01
@@ -210,7 +209,7 @@ class Learner:
         loss(self.model, batch).backward()
         before = perf_counter()
         if self.clips_outside:
-            clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.opt.step()
         self.seconds_in_step.append(perf_counter() - before)
         self.schedule.step()

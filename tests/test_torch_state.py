@@ -455,22 +455,24 @@ def test_state_that_is_replaced_is_let_go(numel):
     if numel == 100_000:
         assert sum(ref() is not None for ref in first) <= 1  # the count
     opt.step()
-    assert not any(ref() for ref in first)
+    assert all(ref() is None for ref in first)
     second = [weakref.ref(value) for value in opt.state[p].values()]
     assert len(second) == 4
     del opt
     gc.collect()
-    assert not any(ref() for ref in second)
+    assert all(ref() is None for ref in second)
 
 
 def test_an_optimizer_that_its_parameter_refers_to_is_collected():
-    p = torch.nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    opt = RMSprop([p])
-    opt.step()
-    opt.step()
-    p.register_post_accumulate_grad_hook(lambda _: opt.step())
-    refs = [weakref.ref(p), weakref.ref(opt), weakref.ref(opt.state[p]["square_avg"])]
-    del p, opt
+    def make():
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        opt = RMSprop([p])
+        opt.step()
+        opt.step()
+        p.owner = opt
+        return map(weakref.ref, (p, opt, opt.state[p]["square_avg"]))
+
+    refs = list(make())
     gc.collect()
-    assert not any(ref() for ref in refs)
+    assert all(ref() is None for ref in refs)

@@ -14,5 +14,6 @@ seven, SGD three.
 
 Only NumPy is needed. numba and torch are rivals if they are there, rich makes the table
 and the progress bar prettier, matplotlib draws. ``python -m rmsprop bench`` and
-``benches/step.py`` are its two doors.
+``benches/step.py`` are its two doors; ``benches/tensors.py`` and ``benches/threads.py``
+take the same contenders through a range of sizes.
 """

@@ -35,7 +35,7 @@ def ours(params: Arrays, grads: Arrays, threads: int) -> Contender:
     return "", run
 
 
-Rows = list[tuple[np.ndarray, ...]]  # p, g, v and two arrays for what is in between
+Rows = list[tuple[np.ndarray, ...]]  # p, g, v; for NumPy two more, to work in
 
 
 def plain_update(rows: Rows) -> Run:
@@ -185,13 +185,31 @@ def by_numba(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
     """A fused loop under `njit`, called for each tensor with the gradient it has now."""
     if not is_installed("numba"):
         return None
-    numba = import_module("numba")
-    one, _, parallel, *_ = _numba_kernels()
-    hyper = tuple(map(np.float32, (LR, ALPHA, 1 - ALPHA, EPS)))
-    rows = [
+    rows = _numba_rows(params, grads)
+    calls = _numba_calls(rows, 1)
+    if threads == 1:
+        return "", calls
+    return fastest({"serial": calls, "parallel": _numba_calls(rows, threads)})
+
+
+def by_numba_threads(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
+    """The same on that many threads, whether that is faster or not."""
+    if not is_installed("numba"):
+        return None
+    return "", _numba_calls(_numba_rows(params, grads), threads)
+
+
+def _numba_rows(params: Arrays, grads: Arrays) -> Rows:
+    return [
         (p.reshape(-1), g.reshape(-1), np.zeros(p.size, np.float32))
         for p, g in zip(params, grads)
     ]
+
+
+def _numba_calls(rows: Rows, threads: int) -> Run:
+    numba = import_module("numba")
+    one, _, parallel, *_ = _numba_kernels()
+    hyper = tuple(map(np.float32, (LR, ALPHA, 1 - ALPHA, EPS)))
 
     def calls(steps: int) -> None:
         for _ in range(steps):
@@ -204,9 +222,7 @@ def by_numba(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
             for row in rows:
                 parallel(*row, *hyper)
 
-    if threads == 1:
-        return "", calls
-    return fastest({"serial": calls, "parallel": parallel_calls})
+    return calls if threads == 1 else parallel_calls
 
 
 def by_numba_at_once(params: Arrays, grads: Arrays, threads: int) -> Contender | None:

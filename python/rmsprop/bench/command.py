@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, command: str) -> int:
     """Measures as the arguments say. Bad arguments end the program, as in argparse."""
     left_out: dict[str, str] = {}
-    there = fronts(left_out)
-    if args.front:
-        wanted = _chosen(parser, "--front", args.front, ("arrays", "torch"))
-        if missing := [front for front in wanted if front not in there]:
-            parser.error(f"--front: {missing[0]} is {left_out[missing[0]]}")
-        there = wanted
+    there = choose_fronts(parser, args.front, left_out)
     threads = _threads(parser, args.threads)
     cases = list(CASES) if args.full else list(QUICK)
     if args.cases:
@@ -45,13 +40,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, command: str)
         compiled = _chosen(parser, "--compile", args.compile, [*CASES, "none"])
     elif args.full:
         compiled = [name for name in CASES if CASES[name].compiled]
-    try:
-        if args.plot:
-            report.check_plot(args.plot)
-        if args.json and args.json != "-":
-            report.check_folder("--json", Path(args.json))
-    except (ImportError, ValueError) as error:
-        parser.error(str(error))
+    check_files(parser, args)
 
     sample_s, seconds = (5e-3, 5.0) if args.full else (2e-3, 1.0)
     seconds = seconds if args.seconds is None else args.seconds
@@ -98,6 +87,30 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, command: str)
     if args.plot and sections:
         report.plot(about, sections, args.plot)
     return 0
+
+
+def choose_fronts(
+    parser: argparse.ArgumentParser, given: str | None, left_out: dict[str, str]
+) -> list[str]:
+    """Those that are asked for, or all that are installed; `left_out` gets the others."""
+    there = fronts(left_out)
+    if not given:
+        return there
+    wanted = _chosen(parser, "--front", given, ("arrays", "torch"))
+    if missing := [front for front in wanted if front not in there]:
+        parser.error(f"--front: {missing[0]} is {left_out[missing[0]]}")
+    return wanted
+
+
+def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Before anything is measured: whether what is asked for could be written."""
+    try:
+        if args.plot:
+            report.check_plot(args.plot)
+        if args.json and args.json != "-":
+            report.check_folder("--json", Path(args.json))
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
 
 
 def _threads(parser: argparse.ArgumentParser, given: str | None) -> list[int]:

@@ -52,6 +52,11 @@ def headline(about: dict[str, Any]) -> str:
     return f"{', '.join(first)}\n{second}: {about['command']}"
 
 
+def footer(about: dict[str, Any], width: int = 100) -> str:
+    """The same below a plot: a command may be longer than the picture is wide."""
+    return "\n".join(fill(line, width) for line in headline(about).splitlines())
+
+
 def document(
     about: dict[str, Any], sections: list[Section], left_out: dict[str, str]
 ) -> dict[str, Any]:
@@ -246,11 +251,9 @@ def plot(about: dict[str, Any], sections: list[Section], path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         axes.set_title(f"{front}, {_threads(threads)}", fontsize=9, loc="left")
-    # A command may be longer than the picture is wide.
-    lines = [fill(line, 100) for line in headline(about).splitlines()]
     column[-1, 0].set_xlabel(
         "median time of a step over that of rmsprop, which is in bold; "
-        "* another rule\n\n" + "\n".join(lines),
+        f"* another rule\n\n{footer(about)}",
         fontsize=7,
     )
     figure.savefig(path, dpi=150)
