@@ -99,21 +99,53 @@ impl Layout {
                 run([0; ARRAYS], [0; ARRAYS], 1)
             };
         };
+        let mut first = start % inner.len;
+        let mut row = start / inner.len;
+        // Where the walk is in the outer dimensions, the fastest first, and in each array.
+        let mut indices = Vec::with_capacity(outer.len());
+        let mut offsets = [0; ARRAYS];
+        for dim in outer.iter().rev() {
+            let index = row % dim.len;
+            dim.advance(&mut offsets, index as isize);
+            indices.push(index);
+            row /= dim.len;
+        }
         let mut at = start;
         while at < end {
-            let first = at % inner.len;
             let len = (inner.len - first).min(end - at);
-            let mut offsets = inner.strides.map(|stride| stride * first as isize);
-            let mut index = at / inner.len;
-            for dim in outer.iter().rev() {
-                let i = (index % dim.len) as isize;
-                index /= dim.len;
-                for (offset, stride) in offsets.iter_mut().zip(dim.strides) {
-                    *offset += stride * i;
+            let mut begin = offsets;
+            inner.advance(&mut begin, first as isize);
+            run(begin, inner.strides, len);
+            (at, first) = (at + len, 0);
+            for (dim, index) in outer.iter().rev().zip(&mut indices) {
+                *index += 1;
+                dim.advance(&mut offsets, 1);
+                if *index < dim.len {
+                    break;
                 }
+                dim.advance(&mut offsets, -(dim.len as isize));
+                *index = 0;
             }
-            run(offsets, inner.strides, len);
-            at += len;
+        }
+    }
+
+    /// Whether the arrays of a piece but the gradient are dense in the order of the walk.
+    fn is_gradient_alone(&self, size: usize, is_used: [bool; ARRAYS]) -> bool {
+        let mut stride = size as isize;
+        self.dims.iter().rev().all(|dim| {
+            let is_dense =
+                (0..ARRAYS).all(|k| k == GRADIENT || !is_used[k] || dim.strides[k] == stride);
+            stride *= dim.len as isize;
+            is_dense
+        })
+    }
+}
+
+impl Dim {
+    #[inline]
+    fn advance(&self, offsets: &mut [isize; ARRAYS], count: isize) {
+        for (offset, stride) in offsets.iter_mut().zip(self.strides) {
+            *offset += stride * count;
         }
     }
 }
@@ -445,24 +477,34 @@ impl<T: Real> Pieces<T> {
         if piece.layout != Piece::<T>::DENSE {
             return self.update_strided(piece, start, end, h);
         }
-        let len = end - start;
-        // SAFETY: by the contract of `push_piece` the arrays that `h` uses are valid for `numel`
-        // elements and not aliased, and nobody else works on `start..end`: the chunks of a step are
-        // disjoint.
+        // SAFETY: by the contract of `push_piece` the gradient is valid for `numel` elements, and
+        // so are the other arrays that `h` uses, which are not aliased; nobody else works on
+        // `start..end`: the chunks of a step are disjoint.
         let rows = unsafe {
-            let or_empty = |x: *mut T, is_used| match is_used {
-                true => std::slice::from_raw_parts_mut(x.add(start), len),
-                false => &mut [][..],
-            };
-            Rows {
-                p: std::slice::from_raw_parts_mut(piece.p.add(start), len),
-                g: std::slice::from_raw_parts(piece.g.add(start), len),
-                v: std::slice::from_raw_parts_mut(piece.v.add(start), len),
-                m: or_empty(piece.m, h.centered),
-                b: or_empty(piece.b, h.has_momentum()),
-            }
+            let g = std::slice::from_raw_parts(piece.g.add(start), end - start);
+            dense_rows(piece, start, g, h)
         };
         dispatch::rows(self.isa, rows, h);
+    }
+
+    /// The same where only the gradient is strided, as with one in the other memory order: the
+    /// other arrays are updated where they are.
+    fn update_with_gathered_gradient(
+        &self,
+        piece: &Piece<T>,
+        start: usize,
+        end: usize,
+        h: &Hyper<T>,
+    ) {
+        let mut buffer = [T::ZERO; GATHER];
+        for start in (start..end).step_by(GATHER) {
+            let g = &mut buffer[..GATHER.min(end - start)];
+            self.gather(piece, start, start + g.len(), g);
+            // SAFETY: the layout, by the contract of `push_piece` inside the arrays, is that of
+            // dense ones; the rest as in `update_range`.
+            let rows = unsafe { dense_rows(piece, start, g, h) };
+            dispatch::rows(self.isa, rows, h);
+        }
     }
 
     /// Brings strided elements together, updates them there, and puts them back.
@@ -472,6 +514,9 @@ impl<T: Real> Pieces<T> {
         let arrays = [piece.p, piece.g.cast_mut(), piece.v, piece.m, piece.b];
         let is_used = [true, true, true, h.centered, h.has_momentum()];
         let used = || (0..ARRAYS).filter(|&array| is_used[array]);
+        if layout.is_gradient_alone(size_of::<T>(), is_used) {
+            return self.update_with_gathered_gradient(piece, start, end, h);
+        }
         let mut buffers = [[T::ZERO; GATHER]; ARRAYS];
         for start in (start..end).step_by(GATHER) {
             let end = (start + GATHER).min(end);
@@ -554,6 +599,32 @@ impl<T: Real> Pieces<T> {
                 }
             }
         }
+    }
+}
+
+/// The rows of dense arrays from element `start` on, as many as there are elements of `g`.
+///
+/// # Safety
+/// In `'a` the arrays of the piece that `h` uses, but for the gradient, are valid for those elements,
+/// and nobody else uses these.
+#[inline]
+unsafe fn dense_rows<'a, T: Real>(
+    piece: &Piece<T>,
+    start: usize,
+    g: &'a [T],
+    h: &Hyper<T>,
+) -> Rows<'a, T> {
+    let row = |x: *mut T, is_used| match is_used {
+        // SAFETY: passed on to the caller.
+        true => unsafe { std::slice::from_raw_parts_mut(x.add(start), g.len()) },
+        false => &mut [][..],
+    };
+    Rows {
+        p: row(piece.p, true),
+        g,
+        v: row(piece.v, true),
+        m: row(piece.m, h.centered),
+        b: row(piece.b, h.has_momentum()),
     }
 }
 
