@@ -6,8 +6,9 @@ steps as fill some milliseconds, after one that is not counted. Reported are the
 the minimum over the rounds, and both divided by ours with the same number of threads.
 
 ``limit`` reads p, g, v and writes p, v with one multiply-add each: the five streams that
-any f32 update of this kind must move. Divided by ours it says how close to it ours comes.
-Without numba it is an approximation in NumPy. The exact one is in ``cargo bench``.
+any f32 update of this kind must move; where gradients are clipped it reads g once more
+before. Divided by ours it says how close to it ours comes. Without numba it is an
+approximation in NumPy. The exact one is in ``cargo bench``.
 
 An asterisk marks another rule than RMSprop's: Adagrad moves five streams as well, Adam
 seven, SGD three.

@@ -175,7 +175,31 @@ def _define_kernels() -> tuple[Kernel, ...]:
             p[i] = p[i] * c + x
             v[i] = v[i] * c + x
 
-    return one, several, parallel, limit, limit_parallel
+    jit_reduction: Callable[[Kernel], Kernel] = numba.njit(
+        error_model="numpy", cache=True, fastmath=True
+    )
+    jit_reduction_parallel: Callable[[Kernel], Kernel] = numba.njit(
+        error_model="numpy", cache=True, fastmath=True, parallel=True
+    )
+
+    @jit_reduction
+    def squares(g: Any) -> Any:
+        total = np.float32(0)
+        for i in range(g.size):
+            total += g[i] * g[i]
+        return total
+
+    @jit_reduction_parallel
+    def squares_parallel(g: Any) -> Any:
+        total = np.float32(0)
+        for i in numba.prange(g.size):
+            total += g[i] * g[i]
+        return total
+
+    return (
+        *(one, several, parallel, limit, limit_parallel),
+        *(squares, squares_parallel),
+    )
 
 
 _numba_kernels = functools.cache(_define_kernels)
@@ -254,8 +278,13 @@ def by_numba_at_once(params: Arrays, grads: Arrays, threads: int) -> Contender |
     return fastest(candidates)
 
 
-def limit(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
-    """The five streams with a multiply-add, over one array of as many elements."""
+def limit(
+    params: Arrays, grads: Arrays, threads: int, *, clip: bool = False
+) -> Contender | None:
+    """The five streams with a multiply-add, over one array of as many elements.
+
+    With `clip` six: g is read once more, and its squares added up, before.
+    """
     numel, c = sum(p.size for p in params), np.float32(0.5)
     if numel < LIMIT_FROM:
         return None
@@ -265,15 +294,18 @@ def limit(params: Arrays, grads: Arrays, threads: int) -> Contender | None:
     if is_installed("numba"):
         numba = import_module("numba")
         kernel = _numba_kernels()[3 if threads == 1 else 4]
+        squares = _numba_kernels()[5 if threads == 1 else 6]
 
         def run(steps: int) -> None:
             if threads > 1:
                 numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
             for _ in range(steps):
+                if clip:
+                    squares(g)
                 kernel(p, g, v, c)
 
         return "numba", run
-    if threads > 1:
+    if threads > 1 or clip:
         return None
     blocks = [
         [x[start : start + BLOCK] for x in (p, g, v)]

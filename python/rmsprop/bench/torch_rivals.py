@@ -62,8 +62,8 @@ def rivals(
         found["fused Adagrad*"] = rival(partial(torch.optim.Adagrad, fused=True))
         found["fused Adam*"] = rival(partial(torch.optim.Adam, fused=True))
         found["fused SGD*"] = rival(partial(torch.optim.SGD, fused=True))
-    if kind == "plain":
-        found["limit"] = limit
+    if kind != "backward":
+        found["limit"] = partial(limit, clip=kind == "clip")
     return found
 
 
