@@ -376,6 +376,22 @@ def test_fully_shard_equals_one_process(dtype, options):
     close(values(sharded), values(everything), ulps=4000)
 
 
+@pytest.mark.parametrize("build", [sharded_model, hybrid_model, tensor_parallel_model])
+@EVERY_OPTION
+@on_both_ranks
+def test_fully_shard_steps_in_backward(build, options):
+    """Each parameter when its gradient is averaged: the bits of a step after the backward."""
+    inside, after = build(), build()
+    opt = RMSprop(inside.parameters(), **options)
+    other = RMSprop(after.parameters(), **options)
+    opt.step_in_backward()
+    for seed in range(4):
+        backward(inside, seed)
+        assert all(param.grad is None for param in inside.parameters())
+        train(after, other, [seed])
+    same(local_values(inside, opt), local_values(after, other))
+
+
 @pytest.mark.parametrize("bad", [None, math.inf, math.nan])
 @EVERY_MODEL
 @on_both_ranks

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rmsprop.torch import RMSprop
 
 Group: TypeAlias = dict[str, Any]
+#: A group's place in ``opt.param_groups`` and a parameter's place in the group.
+Place: TypeAlias = tuple[int, int]
 #: index, p, g, v, m, b, step: what the core is given. None for state that is not used.
 Row: TypeAlias = tuple[Any, ...]
 
@@ -51,12 +53,13 @@ class Part:
         return [item.row for item in self.items if item.row is not None]
 
 
-def step(opt: RMSprop) -> None:
+def step(opt: RMSprop, only: Place | None = None) -> None:
     """Updates every parameter that has a gradient; nothing at all if an error is raised here.
 
-    Only an error of torch's own ``rmsprop`` leaves those before it updated, as in torch.
+    An error of torch's own ``rmsprop``, and no other, leaves those before it updated, as in
+    torch. With ``only`` it is about one parameter.
     """
-    parts = _parts(opt)
+    parts = _parts(opt) if only is None else [_part_of_one(opt, *only)]
     for part in parts:
         _choose(opt, part)
     if all(item.row is not None for part in parts for item in part.items):
@@ -71,17 +74,32 @@ def _parts(opt: RMSprop) -> list[Part]:
     for group in opt.param_groups:
         part = Part(group, [], {})
         for p in group["params"]:
-            if (grad := p.grad) is not None:
-                if grad.is_sparse:
-                    raise RuntimeError("RMSprop does not support sparse gradients")
-                known = {**opt.state.get(p, {}), **part.new.get(p, {})}
-                new = missing_state(p, known, group)
-                if new:
-                    part.new[p] = {**part.new.get(p, {}), **new}
-                part.items.append(Item(index, p, grad, {**known, **new}))
+            _add(opt, part, index, p)
             index += 1
         parts.append(part)
     return parts
+
+
+def _part_of_one(opt: RMSprop, place: int, index: int) -> Part:
+    """As `_parts`, of one parameter."""
+    group = opt.param_groups[place]
+    part = Part(group, [], {})
+    before = sum(len(other["params"]) for other in opt.param_groups[:place])
+    _add(opt, part, before + index, group["params"][index])
+    return part
+
+
+def _add(opt: RMSprop, part: Part, index: int, p: Tensor) -> None:
+    """Adds a parameter if it has a gradient."""
+    if (grad := p.grad) is None:
+        return
+    if grad.is_sparse:
+        raise RuntimeError("RMSprop does not support sparse gradients")
+    known = {**opt.state.get(p, {}), **part.new.get(p, {})}
+    new = missing_state(p, known, part.group)
+    if new:
+        part.new[p] = {**part.new.get(p, {}), **new}
+    part.items.append(Item(index, p, grad, {**known, **new}))
 
 
 def _choose(opt: RMSprop, part: Part) -> None:

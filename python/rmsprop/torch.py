@@ -38,7 +38,7 @@ from torch.optim import optimizer as _base
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils import _python_dispatch
 
-from rmsprop import _core, mixed
+from rmsprop import _core, backward, mixed
 from rmsprop.mixed import is_watched
 
 __all__ = ["RMSprop"]
@@ -137,6 +137,8 @@ class RMSprop(Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None = None
+    #: What step_in_backward() has returned, while it is on; in no pickle.
+    _in_backward: backward.Handle | None = None
 
     def __init__(
         self,
@@ -222,6 +224,8 @@ class RMSprop(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
+        if self._in_backward is not None:
+            backward.check("max_grad_norm", value)
         self._stepper.max_grad_norm = value
 
     @property
@@ -231,6 +235,8 @@ class RMSprop(Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: str) -> None:
+        if self._in_backward is not None:
+            backward.check("nonfinite", value)
         self._stepper.nonfinite = value
 
     @property
@@ -310,6 +316,9 @@ class RMSprop(Optimizer):
             _core.check_torch_options(param_group, place)
             if param_group.get("contiguous_params"):
                 _flatten(param_group["params"])
+            if self._in_backward is not None:
+                last = len(self.param_groups) - 1
+                self._in_backward.add(self.param_groups, [last])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -320,7 +329,7 @@ class RMSprop(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if is_watched() or not self._stepper.step(self.param_groups, self.state):
+        if not self._step_core():
             self._update_mixed()
         return loss
 
@@ -368,7 +377,61 @@ class RMSprop(Optimizer):
             self._update_mixed()
         return None
 
-    def _update_mixed(self) -> None:
+    def step_in_backward(self) -> backward.Handle:
+        """Steps each parameter inside the backward, as soon as its gradient is complete.
+
+        Its gradient is None from then on, so that those of a model are never there all at
+        once. The numbers are those of a step after the backward, bit for bit. Every backward
+        is a step: gradients do not add up over several. It holds for all parameters, frozen
+        ones and groups added later included, until the handle's ``remove()`` or the end of
+        its ``with`` block; hooks do not keep the optimizer alive. Copies and pickles do not
+        have it on.
+
+        ``step`` may stay where it is: schedulers look for it, and it steps what else has a
+        gradient. What is around it (step hooks, the range of the profiler, the ``step`` of a
+        subclass) is not around steps in backward.
+
+        Not for ``GradScaler`` and ``DistributedDataParallel``, which unscale and average
+        gradients only later; of ``fully_shard`` the averaged ones are used.
+
+        Returns:
+            The handle.
+
+        Raises:
+            ValueError: if it is on already, or with ``max_grad_norm`` or ``nonfinite``, which
+                need all gradients at once; nor can these be set while it is on.
+            RuntimeError: for a parameter that is no leaf; from ``backward``, if the rest of it
+                needs the value that a parameter had before its update.
+
+            Whatever else ``step`` raises comes from ``backward``, at the parameter in
+            question: those before it are updated.
+
+        Example:
+            >>> net = torch.nn.Linear(3, 1)
+            >>> opt = RMSprop(net.parameters(), lr=0.01)
+            >>> with opt.step_in_backward():
+            ...     net(torch.ones(3)).sum().backward()
+            >>> net.weight.grad is None, opt.state[net.weight]["step"].item()
+            (True, 1.0)
+        """
+        if self._in_backward is not None:
+            raise ValueError(
+                "step_in_backward: expected it to be off, got it on: remove() its handle"
+            )
+        for option in backward.OFF:
+            backward.check(option, getattr(self, option))
+        self._in_backward = backward.Handle(self)
+        return self._in_backward
+
+    def _step_core(self, only: mixed.Place | None = None) -> bool:
+        """Steps all parameters or one; False, with nothing written, if not all is ordinary."""
+        if is_watched():
+            return False
+        if only is None:
+            return self._stepper.step(self.param_groups, self.state)
+        return self._stepper.step_one(self.param_groups, self.state, *only)
+
+    def _update_mixed(self, only: mixed.Place | None = None) -> None:
         """Performs a step of which something is not ordinary; threads take turns."""
         if self._lock.process != os.getpid():
             self._lock = _Lock()
@@ -378,11 +441,10 @@ class RMSprop(Optimizer):
             turn.acquire()
         try:
             # Whoever had the turn may have made the state that was missing.
-            is_settled = had_to_wait and not is_watched()
-            if is_settled and self._stepper.step(self.param_groups, self.state):
+            if had_to_wait and self._step_core(only):
                 return
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                mixed.step(self)
+                mixed.step(self, only)
         finally:
             turn.release()
 

@@ -100,7 +100,27 @@ impl Stepper {
         };
         let torch = Torch::get(py)?;
         let mut turn = self.0.wait(py)?;
-        let outcome = turn.step(torch, groups, state);
+        let outcome = turn.step(torch, groups, state, None);
+        turn.release(py);
+        outcome
+    }
+
+    /// Steps one parameter if it has a gradient: that at `index` of the group at `place`. False as in
+    /// `step`.
+    fn step_one(
+        &self,
+        py: Python<'_>,
+        groups: &Bound<'_, PyAny>,
+        state: &Bound<'_, PyAny>,
+        place: usize,
+        index: usize,
+    ) -> PyResult<bool> {
+        let (Ok(groups), Ok(state)) = (groups.cast::<PyList>(), state.cast::<PyDict>()) else {
+            return Ok(false);
+        };
+        let torch = Torch::get(py)?;
+        let mut turn = self.0.wait(py)?;
+        let outcome = turn.step(torch, groups, state, Some((place, index)));
         turn.release(py);
         outcome
     }
@@ -226,17 +246,23 @@ impl Contents {
         }
     }
 
+    /// Steps all parameters, or only one: the group's place, and its index there.
     fn step(
         &mut self,
         torch: &Torch,
         dicts: &Bound<'_, PyList>,
         state: &Bound<'_, PyDict>,
+        only: Option<(usize, usize)>,
     ) -> PyResult<bool> {
         let manner = self.manner(None);
         // Twice at most, for the second time every sign is looked at.
         for is_sure in [false, true] {
             self.pairs.clear();
-            if !self.collect(torch, dicts, is_sure)? {
+            let is_ordinary = match only {
+                None => self.collect(torch, dicts, is_sure)?,
+                Some(one) => self.collect_one(torch, dicts, one, is_sure)?,
+            };
+            if !is_ordinary {
                 return Ok(false);
             }
             let Contents {
@@ -245,15 +271,13 @@ impl Contents {
                 rows,
                 ..
             } = self;
+            let groups = match only {
+                None => &groups[..],
+                Some((place, _)) => &groups[place..=place],
+            };
             let source = Source::State(state);
-            let verdict = rows.step(
-                dicts.py(),
-                torch,
-                groups_of(groups, pairs),
-                &source,
-                &manner,
-            );
-            match verdict {
+            let groups = groups_of(groups, pairs);
+            match rows.step(dicts.py(), torch, groups, &source, &manner) {
                 Ok(verdict) => return self.conclude(torch, dicts, &verdict).map(|()| true),
                 Err(Unfit::Refused) => return Ok(false),
                 Err(Unfit::Python(error)) => return Err(error),
@@ -354,27 +378,70 @@ impl Contents {
             }
             let params = self.groups[k].params.clone_ref(py).into_bound(py);
             for p in params.iter() {
-                if !torch.is_plain(&p) {
+                if !self.collect_pair(torch, index, p, is_sure)? {
                     return Ok(false);
-                }
-                let g = torch.grad(&p)?;
-                if !g.is_none() {
-                    let is_sure = is_sure || self.unsure.get(index).is_some_and(|&unsure| unsure);
-                    if !torch.is_plain(&g) || is_sure && (torch.is_neg(&p)? || torch.is_neg(&g)?) {
-                        return Ok(false);
-                    }
-                    self.pairs.push(Pair {
-                        index,
-                        is_sure,
-                        p: p.unbind(),
-                        g: g.unbind(),
-                    });
                 }
                 index += 1;
             }
             self.groups[k].end = self.pairs.len();
         }
         Ok(self.groups.len() == dicts.len())
+    }
+
+    /// As `collect`, but only the parameter at `k` of the group at `place`.
+    fn collect_one(
+        &mut self,
+        torch: &Torch,
+        dicts: &Bound<'_, PyList>,
+        (place, k): (usize, usize),
+        is_sure: bool,
+    ) -> PyResult<bool> {
+        let py = dicts.py();
+        // What was read of the groups before it may be old: each is compared when it is used.
+        for place in place.min(self.groups.len())..=place {
+            let dict = dicts.get_item(place)?;
+            let Ok(dict) = dict.cast::<PyDict>() else {
+                return Ok(false);
+            };
+            if !self.read_group(place, dict)? {
+                return Ok(false);
+            }
+        }
+        let params = |group: &Group| group.params.bind(py).clone();
+        let before = self.groups[..place].iter().map(|group| params(group).len());
+        let index = before.sum::<usize>() + k;
+        let p = params(&self.groups[place]).get_item(k)?;
+        let is_ordinary = self.collect_pair(torch, index, p, is_sure)?;
+        self.groups[place].end = self.pairs.len();
+        Ok(is_ordinary)
+    }
+
+    /// Adds a parameter and its gradient, if it has one. False if something is not ordinary.
+    #[inline]
+    fn collect_pair(
+        &mut self,
+        torch: &Torch,
+        index: usize,
+        p: Bound<'_, PyAny>,
+        is_sure: bool,
+    ) -> PyResult<bool> {
+        if !torch.is_plain(&p) {
+            return Ok(false);
+        }
+        let g = torch.grad(&p)?;
+        if !g.is_none() {
+            let is_sure = is_sure || self.unsure.get(index).is_some_and(|&unsure| unsure);
+            if !torch.is_plain(&g) || is_sure && (torch.is_neg(&p)? || torch.is_neg(&g)?) {
+                return Ok(false);
+            }
+            self.pairs.push(Pair {
+                index,
+                is_sure,
+                p: p.unbind(),
+                g: g.unbind(),
+            });
+        }
+        Ok(true)
     }
 
     /// Reads the options of a group. False if it is not ordinary.
