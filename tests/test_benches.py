@@ -153,6 +153,31 @@ def test_threads(bench, tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
+def test_backward(bench, tmp_path):
+    program, small = str(BENCHES / "backward.py"), ("--width", "16", "--layers", "2")
+    brief = ("--seconds", "0.05", "--no-peak", "--json", "backward.json")
+    printed = bench("-W", "error", program, *small, *brief).stdout
+    said = json.loads((tmp_path / "backward.json").read_text())
+    assert said["width"] == 16
+    names = [row["contender"] for row in said["results"]]
+    assert names[:2] == ["rmsprop, after", "rmsprop, in"]
+    for row in said["results"]:
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert f"\n  {row['contender']}  " in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_backward_tells_gradients_at_once_from_those_one_by_one(bench):
+    """Of some 67 MB, where memory is given back at once."""
+    program, size = str(BENCHES / "backward.py"), ("--width", "1024", "--layers", "16")
+    peaks = [
+        float(bench(program, *size, "--peak-of", f"no step, dropped {when}").stdout)
+        for when in ("after", "in")
+    ]
+    assert peaks[0] > 60
+    assert peaks[1] < 30
+
+
 def training(loop, rate):
     """A loop that only sleeps, for three times as long in the step as outside it."""
     p = np.zeros(3)
