@@ -20,94 +20,134 @@ const SIZES: [usize; 8] = [
     4_600, 20_000, 100_000, 269_000, 1_000_000, 4_000_000, 10_000_000, 50_000_000,
 ];
 
+const ROUNDS: usize = 21;
+
 /// Bytes of an element that are kept: p, g, v; and moved: two of them are written as well.
 const KEPT: f64 = 12.0;
 const MOVED: f64 = 20.0;
+
+/// Bytes moved from which on a step without a pause uses a second thread.
+const TWO_FROM: f64 = (1 << 20) as f64;
 
 fn main() {
     let wanted: Vec<usize> = std::env::args()
         .filter_map(|arg| arg.parse().ok())
         .collect();
+    let is_wanted = |numel: &usize| wanted.is_empty() || wanted.contains(numel);
     println!(
-        "isa: {}, f32, one tensor, median of interleaved rounds",
+        "isa: {}, f32, one tensor, median of {ROUNDS} interleaved rounds",
         isa().unwrap().name()
     );
-    let machine = Machine::measure();
+    let caches = [2, 3].map(cache_bytes);
+    // The arithmetic is measured in the first-level cache, twice, to tell it from the call.
+    let mut calls = [512, 2048].map(|numel| Case::new(numel, 1));
+    // In the second level, in a fifth and in three fifths of the last, which others use too, and in
+    // memory.
+    let probes = [
+        0.4 * caches[0],
+        0.2 * caches[1],
+        0.6 * caches[1],
+        8.0 * caches[1],
+    ];
+    let mut streams = [1, 2].map(|threads| {
+        probes.map(|bytes| {
+            let share = if bytes < caches[0] { threads } else { 1 };
+            Case::new(share * (bytes / KEPT) as usize, threads)
+        })
+    });
+    let mut handed = Case::new((1.2 * TWO_FROM / MOVED) as usize, 2);
+    let sizes = SIZES.into_iter().filter(is_wanted);
+    let mut cases: Vec<Case> = sizes
+        .flat_map(|numel| [1, 2].map(|threads| Case::new(numel, threads)))
+        .collect();
+    for _ in 0..ROUNDS {
+        let probes = calls.iter_mut().chain(streams.iter_mut().flatten());
+        let probes = probes.chain([&mut handed]);
+        probes.chain(&mut cases).for_each(Case::round);
+    }
+    let [short, long] = calls.map(|case| case.medians().0);
+    let compute_ns = (long - short) * 1e3 / (2048.0 - 512.0);
+    let mut machine = Machine {
+        call_us: short - 512.0 * compute_ns * 1e-3,
+        hand_us: 0.0,
+        compute_ns,
+        caches,
+        bandwidth: streams.map(|levels| {
+            levels.map(|case| MOVED * case.grad.len() as f64 / case.medians().1 * 1e-3)
+        }),
+    };
+    machine.hand_us = handed.medians().0 - machine.predict(handed.grad.len(), 2);
+    machine.print();
     println!(
         "\n{:>10} {:>7} {:>12} {:>12} {:>11} {:>12} {:>11}",
         "numel", "threads", "step µs", "limit µs", "limit/step", "model µs", "step/model"
     );
-    for numel in SIZES
-        .into_iter()
-        .filter(|numel| wanted.is_empty() || wanted.contains(numel))
-    {
-        for threads in [1, 2] {
-            let (step, limit) = case(numel, threads);
-            let model = machine.predict(numel, threads);
-            println!(
-                "{numel:>10} {threads:>7} {step:>12.2} {limit:>12.2} {:>11.3} {model:>12.2} {:>11.2}",
-                limit / step,
-                step / model,
-            );
-        }
+    for case in cases {
+        let ((step, limit), numel, threads) = (case.medians(), case.grad.len(), case.threads);
+        let model = machine.predict(numel, threads);
+        println!(
+            "{numel:>10} {threads:>7} {step:>12.2} {limit:>12.2} {:>11.3} {model:>12.2} {:>11.2}",
+            limit / step,
+            step / model,
+        );
     }
 }
 
 /// The ceilings of the model.
 struct Machine {
     call_us: f64,
+    /// To share a step with a worker that is awake.
+    hand_us: f64,
     /// Of the arithmetic on one thread, in ns an element.
     compute_ns: f64,
     /// Sizes of a core's second-level cache and of the last level, in bytes.
     caches: [f64; 2],
-    /// GB/s on one and two threads, by where the arrays are: second level, last level, memory.
-    bandwidth: [[f64; 3]; 2],
+    /// GB/s on one and two threads, by where the arrays are.
+    bandwidth: [[f64; 4]; 2],
 }
 
 impl Machine {
-    fn measure() -> Machine {
-        let caches = [2, 3].map(cache_bytes);
-        // In the first-level cache.
-        let [short, long] = [512, 2048].map(|numel| case(numel, 1).0);
-        let compute_ns = (long - short) * 1e3 / (2048.0 - 512.0);
-        let probes = [0.4 * caches[0], 0.2 * caches[1], 8.0 * caches[1]];
-        let bandwidth = [1, 2].map(|threads| {
-            std::array::from_fn(|level| {
-                let share = if level == 0 { threads as f64 } else { 1.0 };
-                let numel = (share * probes[level] / KEPT) as usize;
-                MOVED * numel as f64 / case(numel, threads).1 * 1e-3
-            })
-        });
-        let machine = Machine {
-            call_us: short - 512.0 * compute_ns * 1e-3,
-            compute_ns,
-            caches,
-            bandwidth,
-        };
-        let [l2, l3] = caches.map(|bytes| bytes / 1024.0);
-        let nanoseconds = machine.call_us * 1e3;
+    fn print(&self) {
+        let [l2, l3] = self.caches.map(|bytes| bytes / 1024.0);
         println!("caches: {l2:.0} KiB a core, {l3:.0} KiB for all");
-        println!("a call: {nanoseconds:.0} ns; arithmetic: {compute_ns:.3} ns an element");
-        for (threads, [l2, l3, memory]) in [1, 2].into_iter().zip(bandwidth) {
+        println!(
+            "a call: {:.0} ns, on two threads {:.1} µs more; arithmetic: {:.3} ns an element",
+            self.call_us * 1e3,
+            self.hand_us,
+            self.compute_ns
+        );
+        for (threads, [l2, fifth, most, memory]) in [1, 2].into_iter().zip(self.bandwidth) {
             println!(
-                "bandwidth on {threads}: {l2:.0} GB/s from the second-level cache, {l3:.0} from the last, {memory:.0} from memory"
+                "GB/s on {threads}: {l2:.0} in the second level, {fifth:.0} in a fifth of the last, {most:.0} in three fifths, {memory:.0} in memory"
             );
         }
-        machine
     }
 
     /// Microseconds a step.
     fn predict(&self, numel: usize, threads: usize) -> f64 {
         let threads = if is_worth_two(numel) { threads } else { 1 };
-        let (elements, kept) = (numel as f64, KEPT * numel as f64);
-        let level = match self.caches {
-            [l2, _] if kept / threads as f64 <= l2 => 0,
-            [_, l3] if kept <= l3 => 1,
-            _ => 2,
-        };
-        let compute = self.compute_ns * elements / threads as f64;
-        let memory = MOVED * elements / self.bandwidth[threads - 1][level];
-        self.call_us + compute.max(memory) * 1e-3
+        let (elements, share) = (numel as f64, threads as f64);
+        let compute = self.compute_ns * elements / share;
+        let memory = MOVED * elements / self.gigabytes_a_second(KEPT * elements, threads);
+        let hand_us = if threads > 1 { self.hand_us } else { 0.0 };
+        self.call_us + hand_us + compute.max(memory) * 1e-3
+    }
+
+    /// The bandwidth of arrays of so many bytes: as measured, and in between on a straight line over
+    /// the logarithm.
+    fn gigabytes_a_second(&self, bytes: f64, threads: usize) -> f64 {
+        let [l2, l3] = self.caches;
+        let sizes = [l2 * threads as f64, 0.2 * l3, 0.6 * l3, 2.0 * l3];
+        let speeds = self.bandwidth[threads - 1];
+        let above = sizes.iter().position(|&size| bytes <= size);
+        match above {
+            Some(0) => speeds[0],
+            Some(k) => {
+                let along = (bytes / sizes[k - 1]).ln() / (sizes[k] / sizes[k - 1]).ln();
+                speeds[k - 1] + along * (speeds[k] - speeds[k - 1])
+            }
+            None => speeds[3],
+        }
     }
 }
 
@@ -122,26 +162,51 @@ fn cache_bytes(level: usize) -> f64 {
     kib * 1024.0
 }
 
-/// Microseconds of the step and of the limit.
-fn case(numel: usize, threads: usize) -> (f64, f64) {
-    let grad: Vec<f32> = (0..numel)
-        .map(|i| ((i * 7919) % 1000) as f32 * 1e-3 - 0.5)
-        .collect();
-    let (mut p, mut q, mut v) = (grad.clone(), grad.clone(), vec![1.0f32; numel]);
-    let opt = RmsProp::<f32>::new(Config::default(), &[numel]).unwrap();
-    let mut opt = opt.with_threads(threads).unwrap();
-    let repeats = (4_000_000 / numel).max(1);
-    let rounds = (400_000_000 / (numel * repeats)).clamp(9, 101);
-    let (mut steps, mut limits) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        let mut step = || opt.step(&mut [&mut p], &[&grad]).unwrap();
-        // The arrays of the other are what the caches hold.
-        time(repeats.div_ceil(4), &mut step);
-        steps.push(time(repeats, step));
-        limit(&mut q, &grad, &mut v, threads, repeats.div_ceil(4));
-        limits.push(limit(&mut q, &grad, &mut v, threads, repeats));
+/// One size on a number of threads; times in microseconds.
+struct Case {
+    threads: usize,
+    grad: Vec<f32>,
+    p: Vec<f32>,
+    opt: RmsProp<f32>,
+    steps: Vec<f64>,
+    q: Vec<f32>,
+    v: Vec<f32>,
+    limits: Vec<f64>,
+}
+
+impl Case {
+    fn new(numel: usize, threads: usize) -> Case {
+        let grad: Vec<f32> = (0..numel)
+            .map(|i| ((i * 7919) % 1000) as f32 * 1e-3 - 0.5)
+            .collect();
+        let opt = RmsProp::<f32>::new(Config::default(), &[numel]).unwrap();
+        Case {
+            threads,
+            p: grad.clone(),
+            opt: opt.with_threads(threads).unwrap(),
+            steps: Vec::new(),
+            q: grad.clone(),
+            v: vec![1.0; numel],
+            limits: Vec::new(),
+            grad,
+        }
     }
-    (median(steps), median(limits))
+
+    /// Adds a sample of each, after some calls that bring its arrays into the caches.
+    fn round(&mut self) {
+        let (grad, repeats) = (&self.grad, (4_000_000 / self.grad.len()).max(1));
+        let mut step = || self.opt.step(&mut [&mut self.p], &[grad]).unwrap();
+        time(repeats.div_ceil(4), &mut step);
+        self.steps.push(time(repeats, step));
+        let mut limit = |repeats| limit(&mut self.q, grad, &mut self.v, self.threads, repeats);
+        limit(repeats.div_ceil(4));
+        self.limits.push(limit(repeats));
+    }
+
+    /// Of the step and of the limit.
+    fn medians(&self) -> (f64, f64) {
+        (median(self.steps.clone()), median(self.limits.clone()))
+    }
 }
 
 /// Microseconds a call.
@@ -158,9 +223,9 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
-/// From how many elements on a step without a pause uses a second thread.
+/// Whether a step without a pause uses a second thread.
 fn is_worth_two(numel: usize) -> bool {
-    MOVED * numel as f64 >= (1 << 20) as f64
+    MOVED * numel as f64 >= TWO_FROM
 }
 
 /// Microseconds that the five streams take, each thread with its part and none waiting for another.

@@ -49,11 +49,16 @@ mod shared {
         let Some(pool) = (helpers > 0).then(|| pool(helpers)).flatten() else {
             return (0..count).for_each(|index| work(shared, index));
         };
+        let shares = if count <= STICKY { helpers + 1 } else { 1 };
+        let share = |k| Share {
+            next: AtomicUsize::new(k * count / shares),
+            end: (k + 1) * count / shares,
+        };
         let job = Arc::new(Job {
             shared: Mutex::new(Some(Arc::clone(shared))),
             work,
-            count,
-            next: AtomicUsize::new(0),
+            shares: (0..shares).map(share).collect(),
+            entered: AtomicUsize::new(0),
             seats: AtomicUsize::new(helpers),
             gate: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
@@ -72,13 +77,26 @@ mod shared {
         );
     }
 
+    /// Chunks up to which each thread begins with a share of its own: the next step finds it in that
+    /// core's cache. On two threads 0.85 to 0.92 of the time from 100 k to 1 M elements. Beyond, arrays are in
+    /// memory anyway, and chunks as they come were faster by 0.01 to 0.2 at 10 M.
+    const STICKY: usize = 64;
+
+    /// Chunks that lie together.
+    #[repr(align(64))] // Each on a cache line of its own.
+    struct Share {
+        /// The next one to claim.
+        next: AtomicUsize,
+        end: usize,
+    }
+
     struct Job<S> {
         /// What the chunks are of; taken away when the job is closed.
         shared: Mutex<Option<Arc<S>>>,
         work: fn(&S, usize),
-        count: usize,
-        /// The next chunk to claim.
-        next: AtomicUsize,
+        shares: Box<[Share]>,
+        /// Threads that have begun to claim.
+        entered: AtomicUsize,
         /// Workers that may still come.
         seats: AtomicUsize,
         /// Workers inside, times two; plus one once it is closed.
@@ -93,12 +111,17 @@ mod shared {
 
     impl<S: Send + Sync> Job<S> {
         fn claim(&self, shared: &S) {
-            loop {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= self.count {
-                    return;
+            let first = self.entered.fetch_add(1, Ordering::Relaxed) % self.shares.len();
+            let (before, own) = self.shares.split_at(first);
+            // The own share, then what others have left.
+            for share in own.iter().chain(before) {
+                loop {
+                    let index = share.next.fetch_add(1, Ordering::Relaxed);
+                    if index >= share.end {
+                        break;
+                    }
+                    (self.work)(shared, index);
                 }
-                (self.work)(shared, index);
             }
         }
 

@@ -10,7 +10,7 @@ use super::{Hyper, Real, Rows, norm};
 use crate::parallel::Threads;
 use crate::pool;
 
-/// Elements a thread takes at a time: 64 KiB of each f32 stream, so that the streams of a chunk fit
+/// Elements a thread takes at a time, at most: 64 KiB of each f32 stream, so that the streams of a chunk fit
 /// the second-level cache and a step of a millisecond still has enough chunks to balance.
 const CHUNK: usize = 16 * 1024;
 
@@ -416,9 +416,10 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
             }
             return;
         }
-        self.on_threads(pieces.numel.div_ceil(CHUNK), threads, |pieces, chunk| {
-            let start = chunk * CHUNK;
-            let end = (start + CHUNK).min(pieces.numel);
+        let chunks = pieces.numel.div_ceil(pieces.chunk());
+        self.on_threads(chunks, threads, |pieces, chunk| {
+            let start = chunk * pieces.chunk();
+            let end = (start + pieces.chunk()).min(pieces.numel);
             pieces.pieces_of(start, end, |piece, start, end| {
                 pieces.update_range(piece, start, end)
             });
@@ -443,6 +444,12 @@ impl<T> Pieces<T> {
 }
 
 impl<T: Real> Pieces<T> {
+    /// Elements that a thread takes at a time: less of a small step, so that all end together. (A
+    /// quarter of this was slower at 65 k elements, four times as much at 524 k.)
+    fn chunk(&self) -> usize {
+        (self.numel / 64).next_multiple_of(4096).min(CHUNK)
+    }
+
     /// Fills `ends`.
     fn index(&mut self) {
         self.ends.clear();
