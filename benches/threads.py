@@ -13,7 +13,9 @@ work touches no memory, so p, g and v stay in the cache if they fit it. Paced st
 timed singly, which adds 0.2 us, and 1 us to numba on several threads.
 
 With `--busy`, that many processes run an endless loop beside, and all steps are timed
-singly: median / 90th percentile of the steps in turns of 50 ms. Printed are microseconds.
+singly: mean / 90th percentile of the steps in turns of 50 ms. The mean is what a program
+gets: a step that waits for a thread that has no core takes milliseconds, and a median hides
+it. Printed are microseconds.
 
 An asterisk marks another rule than RMSprop's.
 """
@@ -122,7 +124,7 @@ def table(
             times = measure_steps(list(runs.values()), pause_us, args.seconds)
         points = found.add(front, title, size, dict(zip(runs, times)))
         us = {
-            name: f"{digits(point.median_us)} / {digits(point.p90_us)}"
+            name: f"{digits(point.mean_us)} / {digits(point.p90_us)}"
             if args.busy
             else digits(point.median_us)
             for name, point in points.items()
@@ -157,6 +159,8 @@ def plot(found: sweep.Sweep, args: argparse.Namespace) -> None:
     for (i, front), (j, way) in product(enumerate(found.fronts), enumerate(ways)):
         upper, lower = grid[2 * i, j], grid[2 * i + 1, j]
         points = [p for p in found.points if (p.front, p.way) == (front, way)]
+        if args.busy:
+            points = [p._replace(median_us=p.mean_us) for p in points]
         sweep.draw(upper, points, lambda _: 1e-6, p90=bool(args.busy))
         upper.set_title(f"{front}, {way}", fontsize=9, loc="left")
         chosen = choices(points, args.threads)
@@ -165,7 +169,8 @@ def plot(found: sweep.Sweep, args: argparse.Namespace) -> None:
         lower.tick_params(labelsize=7)
         lower.grid(alpha=0.3)
         if j == 0:
-            upper.set_ylabel("median time of a step", fontsize=8)
+            what = "mean" if args.busy else "median"
+            upper.set_ylabel(f"{what} time of a step", fontsize=8)
             lower.set_ylabel("choice", fontsize=8)
         if j == len(ways) - 1:
             sweep.legend(upper)

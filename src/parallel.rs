@@ -46,7 +46,7 @@ impl Threads {
         }
         let is_fast = pace::begin();
         let serial_bytes = match (is_forced, is_fast) {
-            (true, _) => 0,
+            (true, _) => 1,
             (_, true) => SERIAL_BYTES,
             (_, false) => SERIAL_BYTES_ASLEEP,
         };
@@ -77,7 +77,7 @@ impl Drop for Threads {
 /// How fast steps follow each other in this process.
 pub(crate) mod pace {
     use std::sync::OnceLock;
-    use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
     use std::time::{Duration, Instant};
 
     /// The longest pause that counts as none. Waiting awake longer than it takes to wake up wins
@@ -86,16 +86,14 @@ pub(crate) mod pace {
 
     /// Steps in a row without a pause that make it likely that another one follows. Clipping and
     /// updating are one step; two optimizers, or three, may take turns in a loop that pauses then.
-    const ENOUGH: i32 = 4;
-
-    /// Steps without a pause that do without workers after one had to be waited for.
-    #[cfg(feature = "rayon")]
-    const DISAPPOINTED: i32 = 100;
+    const ENOUGH: u32 = 4;
 
     /// When the last step began and ended, in ns since the first; hints, so no order is needed.
     static BEGAN: AtomicU64 = AtomicU64::new(0);
     static ENDED: AtomicU64 = AtomicU64::new(0);
-    static IN_A_ROW: AtomicI32 = AtomicI32::new(0);
+    static IN_A_ROW: AtomicU32 = AtomicU32::new(0);
+    /// Until when small steps do without workers.
+    static ALONE_UNTIL: AtomicU64 = AtomicU64::new(0);
 
     fn now() -> u64 {
         static FIRST: OnceLock<Instant> = OnceLock::new();
@@ -108,13 +106,12 @@ pub(crate) mod pace {
         let ended = ENDED.load(Relaxed);
         let is_alone = BEGAN.swap(now, Relaxed) <= ended;
         let follows = is_alone && u128::from(now.saturating_sub(ended)) <= PAUSE.as_nanos();
-        let in_a_row = IN_A_ROW.load(Relaxed);
         let in_a_row = match follows {
-            true => in_a_row.saturating_add(1),
-            false => in_a_row.min(0),
+            true => IN_A_ROW.load(Relaxed).saturating_add(1),
+            false => 0,
         };
         IN_A_ROW.store(in_a_row, Relaxed);
-        in_a_row >= ENOUGH
+        in_a_row >= ENOUGH && now >= ALONE_UNTIL.load(Relaxed)
     }
 
     /// The step ends.
@@ -122,10 +119,15 @@ pub(crate) mod pace {
         ENDED.store(now(), Relaxed);
     }
 
-    /// A worker had to be waited for: something else runs on its core, and will for a while.
+    /// A worker had to be waited for so long: something else runs on its core. For a while steps do
+    /// without, so that at most a tenth of the time is spent on waiting.
     #[cfg(feature = "rayon")]
-    pub fn disappoint() {
-        IN_A_ROW.store(-DISAPPOINTED, Relaxed);
+    pub fn waited(duration: Duration) {
+        let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        ALONE_UNTIL.store(
+            now().saturating_add(nanoseconds.saturating_mul(10)),
+            Relaxed,
+        );
     }
 
     /// Whether steps were fast when the last one began.

@@ -137,10 +137,11 @@ mod shared {
                 gate = self.gate.load(Ordering::Acquire);
             }
             if gate != CLOSED {
-                pace::disappoint();
-            }
-            while self.gate.load(Ordering::Acquire) != CLOSED {
-                std::thread::park();
+                let start = Instant::now();
+                while self.gate.load(Ordering::Acquire) != CLOSED {
+                    std::thread::park();
+                }
+                pace::waited(start.elapsed());
             }
             lock(&self.shared).take();
         }

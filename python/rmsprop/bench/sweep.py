@@ -153,7 +153,7 @@ def draw(
 
     Args:
         scale: seconds in the picture for a microsecond of the point.
-        p90: whiskers up to the 90th percentile, the lines a little apart for them.
+        p90: whiskers up to the 90th percentile where that is above, the lines a little apart.
     """
     lines: dict[str, list[Point]] = {}
     for point in points:
@@ -162,7 +162,9 @@ def draw(
     for index, (name, line) in enumerate(lines.items()):
         family, ours = name.partition(",")[0], is_ours(name)
         kin = families.setdefault(family, [])
-        above = [(point.p90_us - point.median_us) * scale(point) for point in line]
+        above = [
+            max(0.0, point.p90_us - point.median_us) * scale(point) for point in line
+        ]
         axes.errorbar(
             [point.size * (1.05**index if p90 else 1) for point in line],
             [point.median_us * scale(point) for point in line],
