@@ -24,6 +24,9 @@ pub(crate) struct Threads {
     allowed: usize,
     /// Work that moves fewer bytes stays on the caller.
     serial_bytes: usize,
+    /// Those of the step.
+    bytes: usize,
+    began: u64,
 }
 
 impl Threads {
@@ -31,6 +34,8 @@ impl Threads {
     pub const CALLER: Threads = Threads {
         allowed: 1,
         serial_bytes: usize::MAX,
+        bytes: 0,
+        began: 0,
     };
 
     /// For a step that may use so many threads and moves so many bytes.
@@ -44,7 +49,7 @@ impl Threads {
         if allowed <= 1 {
             return Threads::CALLER;
         }
-        let is_fast = pace::begin();
+        let (began, is_fast) = pace::begin();
         let serial_bytes = match (is_forced, is_fast) {
             (true, _) => 1,
             (_, true) => SERIAL_BYTES,
@@ -53,6 +58,8 @@ impl Threads {
         Threads {
             allowed,
             serial_bytes,
+            bytes,
+            began,
         }
     }
 
@@ -69,15 +76,17 @@ impl Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         if self.allowed > 1 {
-            pace::end();
+            pace::end(self.began, self.bytes, self.useful(self.bytes) > 1);
         }
     }
 }
 
-/// How fast steps follow each other in this process.
+/// How fast steps follow each other in this process, and whether threads make small ones faster.
+///
+/// All of it is a guess about what comes next, shared by all optimizers: no order is needed.
 pub(crate) mod pace {
     use std::sync::OnceLock;
-    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
     use std::time::{Duration, Instant};
 
     /// The longest pause that counts as none. Waiting awake longer than it takes to wake up wins
@@ -88,20 +97,34 @@ pub(crate) mod pace {
     /// updating are one step; two optimizers, or three, may take turns in a loop that pauses then.
     const ENOUGH: u32 = 4;
 
-    /// When the last step began and ended, in ns since the first; hints, so no order is needed.
+    /// Nanoseconds that threads may lose before small steps do without them for a while. Waking a
+    /// worker loses some 80 µs. Where something else runs on its core, steps lose milliseconds.
+    const PATIENCE: i64 = 200_000;
+
+    /// How many times as long as was lost that while is at most; at first it is as long.
+    const DISTRUST: u64 = 16;
+
+    /// When the last step began and ended, in ns since the first.
     static BEGAN: AtomicU64 = AtomicU64::new(0);
     static ENDED: AtomicU64 = AtomicU64::new(0);
     static IN_A_ROW: AtomicU32 = AtomicU32::new(0);
-    /// Until when small steps do without workers.
+    /// What the last step on the caller alone took, in ns for each MiB.
+    static ALONE: AtomicU64 = AtomicU64::new(0);
+    /// What threads have won lately, in ns.
+    static WON: AtomicI64 = AtomicI64::new(0);
+    /// Until when small steps do without them.
     static ALONE_UNTIL: AtomicU64 = AtomicU64::new(0);
+    /// Doubled whenever they lose, halved whenever they win.
+    static WHILES: AtomicU64 = AtomicU64::new(1);
 
     fn now() -> u64 {
         static FIRST: OnceLock<Instant> = OnceLock::new();
         FIRST.get_or_init(Instant::now).elapsed().as_nanos() as u64
     }
 
-    /// A step begins. Whether steps are fast: they follow each other without a pause, one at a time.
-    pub fn begin() -> bool {
+    /// A step begins. When, and whether steps are fast: they follow each other without a pause, one
+    /// at a time, and threads pay.
+    pub fn begin() -> (u64, bool) {
         let now = now();
         let ended = ENDED.load(Relaxed);
         let is_alone = BEGAN.swap(now, Relaxed) <= ended;
@@ -111,23 +134,31 @@ pub(crate) mod pace {
             false => 0,
         };
         IN_A_ROW.store(in_a_row, Relaxed);
-        in_a_row >= ENOUGH && now >= ALONE_UNTIL.load(Relaxed)
+        (now, in_a_row >= ENOUGH && now >= ALONE_UNTIL.load(Relaxed))
     }
 
-    /// The step ends.
-    pub fn end() {
-        ENDED.store(now(), Relaxed);
-    }
-
-    /// A worker had to be waited for so long: something else runs on its core. For a while steps do
-    /// without, so that at most a tenth of the time is spent on waiting.
-    #[cfg(feature = "rayon")]
-    pub fn waited(duration: Duration) {
-        let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        ALONE_UNTIL.store(
-            now().saturating_add(nanoseconds.saturating_mul(10)),
-            Relaxed,
-        );
+    /// A step ends.
+    pub fn end(began: u64, bytes: usize, was_shared: bool) {
+        let now = now();
+        ENDED.store(now, Relaxed);
+        let took = now.saturating_sub(began);
+        if !was_shared {
+            ALONE.store((took << 20) / bytes.max(1) as u64, Relaxed);
+        } else if bytes < super::SERIAL_BYTES_ASLEEP {
+            let alone = (ALONE.load(Relaxed) * bytes as u64) >> 20;
+            let won = WON.load(Relaxed) + alone as i64 - took as i64;
+            let whiles = WHILES.load(Relaxed);
+            if won < -PATIENCE {
+                ALONE_UNTIL.store(now + whiles * won.unsigned_abs(), Relaxed);
+                WHILES.store((2 * whiles).min(DISTRUST), Relaxed);
+                WON.store(0, Relaxed);
+            } else if won > PATIENCE {
+                WHILES.store((whiles / 2).max(1), Relaxed);
+                WON.store(0, Relaxed);
+            } else {
+                WON.store(won, Relaxed);
+            }
+        }
     }
 
     /// Whether steps were fast when the last one began.

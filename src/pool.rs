@@ -136,12 +136,8 @@ mod shared {
                 std::hint::spin_loop();
                 gate = self.gate.load(Ordering::Acquire);
             }
-            if gate != CLOSED {
-                let start = Instant::now();
-                while self.gate.load(Ordering::Acquire) != CLOSED {
-                    std::thread::park();
-                }
-                pace::waited(start.elapsed());
+            while self.gate.load(Ordering::Acquire) != CLOSED {
+                std::thread::park();
             }
             lock(&self.shared).take();
         }
@@ -181,7 +177,9 @@ mod shared {
     /// The last job offered to workers that are awake.
     #[derive(Default)]
     struct Board {
-        /// Workers that look here before they go to sleep.
+        /// Workers that look here before they go to sleep: those awake and those on their way, which
+        /// may take a time slice if another thread has their core. None is called twice: every
+        /// call would be answered, one after the other.
         awake: AtomicUsize,
         offers: AtomicUsize,
         job: Mutex<Option<Arc<dyn Help>>>,
@@ -189,24 +187,28 @@ mod shared {
 
     impl Board {
         /// A worker's life from waking up to falling asleep.
-        fn serve(&self, mut job: Arc<dyn Help>) {
+        ///
+        /// Until its last line whoever makes an offer counts on this worker. The counters are
+        /// sequentially consistent: a worker that was counted sees the offer.
+        fn serve(&self, woken_for: &dyn Help) {
+            let mut seen = self.offers.load(Ordering::SeqCst);
+            woken_for.help();
             loop {
-                // Before the job can be closed: whoever makes the next one counts on this worker.
-                // The counters are sequentially consistent: a worker that was counted sees the
-                // offer.
-                let seen = self.offers.load(Ordering::SeqCst);
-                self.awake.fetch_add(1, Ordering::SeqCst);
-                job.help();
                 if pace::is_fast() {
                     self.wait(seen);
                 }
-                self.awake.fetch_sub(1, Ordering::SeqCst);
                 if self.offers.load(Ordering::SeqCst) == seen {
-                    return;
+                    self.awake.fetch_sub(1, Ordering::SeqCst);
+                    if self.offers.load(Ordering::SeqCst) == seen {
+                        return;
+                    }
+                    self.awake.fetch_add(1, Ordering::SeqCst);
                 }
-                match lock(&self.job).clone() {
-                    Some(next) => job = next,
-                    None => return,
+                // Before the job is taken: one that is offered in between is not missed.
+                seen = self.offers.load(Ordering::SeqCst);
+                let job = lock(&self.job).clone();
+                if let Some(job) = job {
+                    job.help();
                 }
             }
         }
@@ -229,7 +231,7 @@ mod shared {
                 rayon::spawn(move || arrive(board, job, share - 1));
             }
         }
-        board.serve(job);
+        board.serve(&*job);
     }
 
     #[derive(Clone)]
@@ -245,7 +247,7 @@ mod shared {
         fn offer<S: Send + Sync + 'static>(&self, job: &Arc<Job<S>>, helpers: usize) {
             *lock(&self.board.job) = Some(Arc::clone(job) as Arc<dyn Help>);
             self.board.offers.fetch_add(1, Ordering::SeqCst);
-            let awake = self.board.awake.load(Ordering::SeqCst);
+            let awake = self.board.awake.fetch_max(helpers, Ordering::SeqCst);
             if let Some(others) = helpers.checked_sub(awake + 1) {
                 let (board, job) = (Arc::clone(&self.board), Arc::clone(job));
                 self.threads.spawn(move || arrive(board, job, others));
@@ -317,11 +319,11 @@ mod shared {
         #[test]
         fn jobs_that_follow_at_once() {
             for round in 0..300 {
-                pace::begin();
+                let (began, _) = pace::begin();
                 let (count, threads) = (1 + round % 9, 1 + round % 4);
                 let shared = Arc::new(Seen::default());
                 for_each(&shared, count, threads, see);
-                pace::end();
+                pace::end(began, 1, true);
                 let seen = Arc::into_inner(shared).expect("nobody else holds it");
                 let mut indices = seen.indices.into_inner().unwrap();
                 indices.sort_unstable();

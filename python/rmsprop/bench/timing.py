@@ -25,6 +25,9 @@ class LeftOut(Exception):
 
 LR, ALPHA, EPS = 1e-3, 0.99, 1e-8  # everybody's
 ROUNDS = 5  # at least
+# Seconds after which another's threads sleep: OpenMP's spin after their last loop, with
+# libgomp and numba for 11 ms (Zen 5).
+ASLEEP = 16e-3
 TURN = 50e-3  # seconds: many time slices of the system's scheduler
 LIMIT_FROM = 200_000  # elements: below, calls cost more than memory
 
@@ -57,10 +60,8 @@ def measure(runs: list[Run], seconds: float, budget: float) -> list[list[float]]
     while len(times[0]) < ROUNDS or time.perf_counter() < deadline:
         random.shuffle(turns)  # nobody always comes after the same one
         for run, n, samples in turns:
-            # OpenMP threads spin after their last loop (4 to 6 ms with libgomp): let
-            # them go to sleep, then warm up caches and our own threads.
-            time.sleep(8e-3)
-            run(1)
+            time.sleep(ASLEEP)
+            run(max(1, n // 4))  # wakes its threads, fills caches
             samples.append(sample(run, n))
     gc.enable()
     return times
@@ -83,7 +84,7 @@ def measure_steps(runs: list[Run], pause_us: float, budget: float) -> list[list[
             break
         random.shuffle(turns)
         for run, samples in turns:
-            time.sleep(8e-3)
+            time.sleep(ASLEEP)
             run(1)
             end = time.perf_counter() + min(TURN, budget / ROUNDS)
             while time.perf_counter() < end:
