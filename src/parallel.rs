@@ -8,13 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use crate::error::Error;
 
-/// Bytes below which a step stays on the caller while the workers sleep: half a million f32
-/// elements, p g v.
+/// Bytes below which a step stays on the caller while the workers sleep: 0.4 M f32 elements, p g v.
 ///
-/// Medians of two runs after a pause of 300 µs, two cores of a Zen 5, 2026-11-22, one thread
-/// against two: 262 k elements 42 to 53 µs against 45 to 62; 524 k 94 to 111 against 98 to 105;
-/// 786 k 174 to 276 against 151 to 196.
-const SERIAL_BYTES_ASLEEP: usize = 10 << 20;
+/// `python benches/threads.py --way paced`, two cores of a Zen 5, 2026-11-22, one thread against two:
+/// 262 k elements 40 µs against 48, 393 k 65 against 62, 524 k 85 against 76, 1 M 183 against 127.
+const SERIAL_BYTES_ASLEEP: usize = 8 << 20;
 
 /// The same while they are awake.
 pub(crate) const SERIAL_BYTES: usize = 1 << 20;

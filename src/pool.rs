@@ -183,6 +183,7 @@ mod shared {
         awake: AtomicUsize,
         offers: AtomicUsize,
         job: Mutex<Option<Arc<dyn Help>>>,
+        places: Mutex<Places>,
     }
 
     impl Board {
@@ -222,6 +223,55 @@ mod shared {
         }
     }
 
+    /// On which cores the workers may run.
+    ///
+    /// Linux likes to put a thread that is woken on the core of the one that woke it, above all in
+    /// virtual machines, where an idle core looks as if it were taken. There the worker waits until
+    /// the caller has used up its time slice, 3 ms. So it is kept off that core, on the others that
+    /// the caller may use.
+    #[cfg(target_os = "linux")]
+    #[derive(Default)]
+    struct Places {
+        workers: Vec<rustix::thread::Pid>,
+        /// Where they were told to run.
+        told: Option<rustix::thread::CpuSet>,
+    }
+
+    #[cfg(target_os = "linux")]
+    impl Places {
+        /// Adds the calling worker.
+        fn register(&mut self) {
+            self.workers.push(rustix::thread::gettid());
+            self.told = None;
+        }
+
+        fn keep_off_this_core(&mut self) {
+            let Ok(mut allowed) = rustix::thread::sched_getaffinity(None) else {
+                return;
+            };
+            allowed.unset(rustix::thread::sched_getcpu());
+            if allowed.count() == 0 || self.told == Some(allowed) {
+                return;
+            }
+            for &worker in &self.workers {
+                // If the system refuses, it stays where it may run now.
+                let _ = rustix::thread::sched_setaffinity(Some(worker), &allowed);
+            }
+            self.told = Some(allowed);
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    #[derive(Default)]
+    struct Places;
+
+    #[cfg(not(target_os = "linux"))]
+    impl Places {
+        fn register(&mut self) {}
+
+        fn keep_off_this_core(&mut self) {}
+    }
+
     /// What a worker does when it is woken: it wakes some of the others, then it serves. Waking one
     /// takes 7 µs, so the caller wakes one only.
     fn arrive(board: Arc<Board>, job: Arc<dyn Help>, others: usize) {
@@ -249,6 +299,7 @@ mod shared {
             self.board.offers.fetch_add(1, Ordering::SeqCst);
             let awake = self.board.awake.fetch_max(helpers, Ordering::SeqCst);
             if let Some(others) = helpers.checked_sub(awake + 1) {
+                lock(&self.board.places).keep_off_this_core();
                 let (board, job) = (Arc::clone(&self.board), Arc::clone(job));
                 self.threads.spawn(move || arrive(board, job, others));
             }
@@ -270,8 +321,11 @@ mod shared {
             }
             _ => {}
         }
+        let board: Arc<Board> = Arc::default();
+        let registry = Arc::clone(&board);
         let threads = rayon::ThreadPoolBuilder::new()
             .num_threads(workers)
+            .start_handler(move |_| lock(&registry.places).register())
             .thread_name(|index| format!("rmsprop-{index}"))
             .build()
             .ok()?;
@@ -279,7 +333,7 @@ mod shared {
             process,
             workers,
             threads: Arc::new(threads),
-            board: Arc::default(),
+            board,
         };
         if let Some(old) = slot.replace(new.clone())
             && old.process != process

@@ -1,5 +1,6 @@
 """Threads: two on one optimizer take turns, optimizers run at once, nothing deadlocks, an idle pool costs nothing."""
 
+import os
 import threading
 
 import numpy as np
@@ -190,6 +191,36 @@ def test_argument_goes_before_environment_variable(run_python):
 def test_affinity_is_respected(run_python):
     before = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     assert new_threads(run_python, before=before) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="has no affinity")
+def test_workers_run_where_their_caller_may(run_python):
+    """Also if that changes; where it is one core, on the caller's."""
+    code = f"""
+import os
+import numpy as np
+from rmsprop import RMSprop
+
+param = np.ones({LARGE}, np.float32)
+opt = RMSprop([param], threads=4)
+
+def step():
+    opt.step(grads=[np.ones_like(param)])
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{{task}}/comm") as file:
+            if file.read().startswith("rmsprop"):
+                yield os.sched_getaffinity(int(task))
+
+cores = os.sched_getaffinity(0)
+assert all(found <= cores for found in step())
+one = {{min(cores)}}
+os.sched_setaffinity(0, one)
+assert all(found for found in step())
+os.sched_setaffinity(0, cores)
+assert all(found <= cores for found in step())
+print(opt.state[0]["step"])
+"""
+    assert run_python(code) == "3\n"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
