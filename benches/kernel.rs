@@ -27,7 +27,7 @@ const KEPT: f64 = 12.0;
 const MOVED: f64 = 20.0;
 
 /// Bytes moved from which on a step without a pause uses a second thread.
-const TWO_FROM: f64 = (1 << 20) as f64;
+const TWO_FROM: f64 = (640 << 10) as f64;
 
 fn main() {
     let wanted: Vec<usize> = std::env::args()
@@ -133,13 +133,14 @@ impl Machine {
         self.call_us + hand_us + compute.max(memory) * 1e-3
     }
 
-    /// The bandwidth of arrays of so many bytes; between three fifths of the last level and twice its
-    /// size, and below, on a straight line over the logarithm.
+    /// The bandwidth of arrays of so many bytes. From a fifth of the last level to three fifths, and
+    /// from there to twice its size, the time for a byte is on a straight line over the logarithm.
     fn gigabytes_a_second(&self, bytes: f64, threads: usize) -> f64 {
         let [l2, l3] = self.caches;
         let [second, fifth, most, memory] = self.bandwidth[threads - 1];
-        let between = |(from, slow): (f64, f64), (to, fast): (f64, f64)| {
-            slow + (bytes / from).ln() / (to / from).ln() * (fast - slow)
+        let between = |(from, first): (f64, f64), (to, last): (f64, f64)| {
+            let along = (bytes / from).ln() / (to / from).ln();
+            1.0 / ((1.0 - along) / first + along / last)
         };
         let knots = [(0.2 * l3, fifth), (0.6 * l3, most), (2.0 * l3, memory)];
         if bytes <= l2 * threads as f64 {

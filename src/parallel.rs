@@ -15,7 +15,7 @@ use crate::error::Error;
 const SERIAL_BYTES_ASLEEP: usize = 8 << 20;
 
 /// The same while they are awake.
-pub(crate) const SERIAL_BYTES: usize = 1 << 20;
+pub(crate) const SERIAL_BYTES: usize = 640 << 10;
 
 /// The threads of a step, decided when it begins; dropped when it ends.
 pub(crate) struct Threads {
@@ -141,13 +141,15 @@ pub(crate) mod pace {
         ENDED.store(now, Relaxed);
         let took = now.saturating_sub(began);
         if !was_shared {
-            ALONE.store((took << 20) / bytes.max(1) as u64, Relaxed);
+            ALONE.store(took.saturating_mul(1 << 20) / bytes.max(1) as u64, Relaxed);
         } else if bytes < super::SERIAL_BYTES_ASLEEP {
-            let alone = (ALONE.load(Relaxed) * bytes as u64) >> 20;
-            let won = WON.load(Relaxed) + alone as i64 - took as i64;
+            let alone = ALONE.load(Relaxed).saturating_mul(bytes as u64) >> 20;
+            let gain = (alone as i64).saturating_sub_unsigned(took);
+            let won = WON.load(Relaxed).saturating_add(gain);
             let whiles = WHILES.load(Relaxed);
             if won < -PATIENCE {
-                ALONE_UNTIL.store(now + whiles * won.unsigned_abs(), Relaxed);
+                let lost = won.unsigned_abs().saturating_mul(whiles);
+                ALONE_UNTIL.store(now.saturating_add(lost), Relaxed);
                 WHILES.store((2 * whiles).min(DISTRUST), Relaxed);
                 WON.store(0, Relaxed);
             } else if won > PATIENCE {
