@@ -175,6 +175,8 @@ struct Pieces<T> {
     numel: usize,
     /// For each piece, the elements up to its end; filled before the work is shared.
     ends: Vec<usize>,
+    /// Where the gradients of a norm's chunk are brought together.
+    together: Vec<T>,
     /// The sums of squares of the norm's chunks, as bits.
     squares: Vec<AtomicU64>,
     /// Where arrays begin and end, and whether they are written.
@@ -198,6 +200,7 @@ impl<T: Real> Storage<T> {
             pieces: Vec::with_capacity(parameters),
             hypers: Vec::with_capacity(parameters),
             ends: Vec::with_capacity(parameters),
+            together: Vec::with_capacity(if numel > 0 { norm::CHUNK } else { 0 }),
             squares: Vec::with_capacity(numel.div_ceil(norm::CHUNK)),
             ..Pieces::new(isa)
         })
@@ -357,16 +360,23 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
         let threads = threads.useful(pieces.numel * size_of::<T>());
         if threads <= 1 {
             let mut sum = 0.0;
-            pieces.squares_of(0..chunks, |_, square| sum += square);
+            let mut together = std::mem::take(&mut pieces.together);
+            together.resize(norm::CHUNK, T::ZERO);
+            pieces.squares_of(0..chunks, &mut together, |_, square| sum += square);
+            pieces.together = together;
             return sum;
         }
         const TOGETHER: usize = CHUNK / norm::CHUNK;
         pieces.squares.resize_with(chunks, AtomicU64::default);
         self.on_threads(chunks.div_ceil(TOGETHER), threads, |pieces, part| {
             let end = ((part + 1) * TOGETHER).min(pieces.squares.len());
-            pieces.squares_of(part * TOGETHER..end, |chunk, square| {
-                pieces.squares[chunk].store(square.to_bits(), Relaxed);
-            });
+            pieces.squares_of(
+                part * TOGETHER..end,
+                &mut [T::ZERO; norm::CHUNK],
+                |chunk, square| {
+                    pieces.squares[chunk].store(square.to_bits(), Relaxed);
+                },
+            );
         });
         let squares = self.pieces.squares.iter();
         squares.fold(0.0, |sum, square| {
@@ -442,6 +452,7 @@ impl<T> Pieces<T> {
             layouts: Vec::new(),
             numel: 0,
             ends: Vec::new(),
+            together: Vec::new(),
             squares: Vec::new(),
             #[cfg(feature = "python")]
             spans: Vec::new(),
@@ -586,10 +597,15 @@ impl<T: Real> Pieces<T> {
         buffer[..g.len()].copy_from_slice(g);
     }
 
-    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range.
-    /// Needs `ends` unless the range starts at 0.
-    fn squares_of(&self, chunks: std::ops::Range<usize>, mut work: impl FnMut(usize, f64)) {
-        let mut buffer = [T::ZERO; norm::CHUNK];
+    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range; in `together`,
+    /// which is one long, the gradients of a chunk are brought together if they are not. Needs `ends` unless the range
+    /// starts at 0.
+    fn squares_of(
+        &self,
+        chunks: std::ops::Range<usize>,
+        together: &mut [T],
+        mut work: impl FnMut(usize, f64),
+    ) {
         let mut index = match chunks.start {
             0 => 0,
             start => self.ends.partition_point(|&end| end <= start * norm::CHUNK),
@@ -611,9 +627,9 @@ impl<T: Real> Pieces<T> {
                     let g = unsafe { std::slice::from_raw_parts(piece.g.add(at), len) };
                     work(chunk, dispatch::sum_squares(self.isa, g));
                 } else {
-                    self.gather(piece, at, at + len, &mut buffer[filled..]);
+                    self.gather(piece, at, at + len, &mut together[filled..]);
                     if filled + len == wanted {
-                        work(chunk, dispatch::sum_squares(self.isa, &buffer[..wanted]));
+                        work(chunk, dispatch::sum_squares(self.isa, &together[..wanted]));
                     }
                 }
                 filled += len;
