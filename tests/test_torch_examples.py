@@ -21,6 +21,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 IMPALA = (str(EXAMPLES / "impala.py"), "--checkpoint", "impala.pt")
 
 
+def obey_interrupts():
+    """What a shell starts in the background ignores Ctrl-C, and so would what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Starts Python in an empty folder; kills what is left of its process group in the end."""
@@ -31,6 +36,7 @@ def start(tmp_path):
             [sys.executable, *arguments],
             cwd=tmp_path,
             start_new_session=True,
+            preexec_fn=obey_interrupts,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
