@@ -167,8 +167,9 @@ def test_backward(bench, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_backward_tells_gradients_at_once_from_those_one_by_one(bench):
+def test_backward_tells_gradients_at_once_from_those_one_by_one(bench, monkeypatch):
     """Of some 67 MB, where memory is given back at once."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     program, size = str(BENCHES / "backward.py"), ("--width", "1024", "--layers", "16")
     peaks = [
         float(bench(program, *size, "--peak-of", f"no step, dropped {when}").stdout)

@@ -21,14 +21,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 IMPALA = (str(EXAMPLES / "impala.py"), "--checkpoint", "impala.pt")
 
 
-def obey_interrupts():
-    """What a shell starts in the background ignores Ctrl-C, and so would what that starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def start(tmp_path):
     """Starts Python in an empty folder; kills what is left of its process group in the end."""
+    # What a shell started in the background ignores Ctrl-C, and so would what that starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     started = []
 
     def run(*arguments):
@@ -36,7 +33,6 @@ def start(tmp_path):
             [sys.executable, *arguments],
             cwd=tmp_path,
             start_new_session=True,
-            preexec_fn=obey_interrupts,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -45,6 +41,7 @@ def start(tmp_path):
         return process
 
     yield run
+    signal.signal(signal.SIGINT, handler)
     for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
