@@ -1,8 +1,8 @@
 //! How many threads a step uses.
 //!
-//! One more pays if it saves more than waking it costs: 20 to 40 µs for a worker that sleeps, next to
-//! nothing for one that is awake. While steps follow each other at once, workers stay awake between
-//! them ([`crate::pool`]), and smaller steps use them.
+//! One more pays if it saves more than waking it costs: 20 to 40 µs for a worker that sleeps, next
+//! to nothing for one that is awake. While steps follow each other at once, workers stay awake
+//! between them ([`crate::pool`]), and smaller steps use them.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
@@ -10,8 +10,9 @@ use crate::error::Error;
 
 /// Bytes below which a step stays on the caller while the workers sleep: 0.4 M f32 elements, p g v.
 ///
-/// `python benches/threads.py --way paced`, two cores of a Zen 5, 2026-11-22, one thread against two:
-/// 262 k elements 40 µs against 48, 393 k 65 against 62, 524 k 85 against 76, 1 M 183 against 127.
+/// `python benches/threads.py --way paced`, two cores of a Zen 5, 2026-11-22, one thread against
+/// two: 262 k elements 40 µs against 48, 393 k 65 against 62, 524 k 85 against 76, 1 M 183 against
+/// 127.
 const SERIAL_BYTES_ASLEEP: usize = 8 << 20;
 
 /// The same while they are awake.
@@ -171,8 +172,8 @@ pub(crate) mod pace {
 /// Steps use all threads that they may, however small they are.
 static IS_FORCED: AtomicBool = AtomicBool::new(false);
 
-/// Lets steps use all threads that they may, however small they are, or no longer: for benchmarks of
-/// where threads begin to pay.
+/// Lets steps use all threads that they may, however small they are, or no longer: for benchmarks
+/// of where threads begin to pay.
 #[cfg(feature = "python")]
 pub(crate) fn force_threads(is_forced: bool) {
     IS_FORCED.store(is_forced, Relaxed);

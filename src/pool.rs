@@ -77,9 +77,9 @@ mod shared {
         );
     }
 
-    /// Chunks that lie together. Each thread begins with a share of its own: the next step finds it in
-    /// that core's cache. On two threads that took 0.87 to 0.95 of the time of chunks as they come from
-    /// 131 k to 4 M elements, and 0.98 beyond.
+    /// Chunks that lie together. Each thread begins with a share of its own: the next step finds it
+    /// in that core's cache. On two threads that took 0.87 to 0.95 of the time of chunks as they
+    /// come from 131 k to 4 M elements, and 0.98 beyond.
     #[repr(align(64))] // Each on a cache line of its own.
     struct Share {
         /// The next one to claim.
@@ -174,9 +174,9 @@ mod shared {
     /// The last job offered to workers that are awake.
     #[derive(Default)]
     struct Board {
-        /// Workers that look here before they go to sleep: those awake and those on their way, which
-        /// may take a time slice if another thread has their core. None is called twice: every
-        /// call would be answered, one after the other.
+        /// Workers that look here before they go to sleep: those awake and those on their way,
+        /// which may take a time slice if another thread has their core. None is called twice:
+        /// every call would be answered, one after the other.
         awake: AtomicUsize,
         offers: AtomicUsize,
         job: Mutex<Option<Arc<dyn Help>>>,
@@ -225,8 +225,8 @@ mod shared {
     /// Linux likes to put a thread that is woken on the core of the one that woke it, above all in
     /// virtual machines, where an idle core looks as if it were taken. There the worker waits until
     /// the caller has used up its time slice, 3 ms. So it is kept off that core, on the others that
-    /// the caller may use. Of many workers one that waits matters little, and telling all of them takes
-    /// longer.
+    /// the caller may use. Of many workers one that waits matters little, and telling all of them
+    /// takes longer.
     #[cfg(target_os = "linux")]
     #[derive(Default)]
     struct Places {

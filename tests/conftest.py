@@ -40,3 +40,24 @@ def run_python():
         return finished.stdout
 
     return run
+
+
+@pytest.fixture
+def run_program(tmp_path):
+    """Runs Python with these arguments in an empty folder, without variables of ours; gives what came of it."""
+
+    def run(*arguments, status=0, timeout=100, **environment):
+        inherited = {k: v for k, v in os.environ.items() if "RMSPROP" not in k}
+        finished = subprocess.run(
+            [sys.executable, *arguments],
+            check=False,
+            cwd=tmp_path,
+            env={**inherited, **environment},
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == status, finished.stderr
+        return finished
+
+    return run

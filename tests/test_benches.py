@@ -4,7 +4,6 @@ Those of a step are `python -m rmsprop bench`, which tests/test_command.py runs.
 """
 
 import json
-import subprocess
 import sys
 import time
 from importlib import import_module
@@ -41,33 +40,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture
-def bench(tmp_path):
-    """Runs a program in an empty folder."""
-
-    def run(*arguments, status=0):
-        finished = subprocess.run(
-            [sys.executable, *arguments],
-            check=False,
-            cwd=tmp_path,
-            timeout=100,
-            capture_output=True,
-            text=True,
-        )
-        assert finished.returncode == status, finished.stderr
-        return finished
-
-    return run
-
-
-@pytest.fixture
 def loop(monkeypatch):
     monkeypatch.syspath_prepend(BENCHES)
     return import_module("loop")
 
 
-def test_loop(bench, tmp_path):
+def test_loop(run_program, tmp_path):
     """Every loop and contender is measured, and is in the table and in the JSON."""
-    printed = bench("-W", "error", LOOP, *BRIEFLY).stdout
+    printed = run_program("-W", "error", LOOP, *BRIEFLY).stdout
     said = json.loads((tmp_path / "loop.json").read_text())
     assert said["command"].startswith("python benches/loop.py --seconds 0.1")
     assert said["left_out"] == {}
@@ -94,10 +74,10 @@ def test_loop(bench, tmp_path):
             assert line.startswith(f"  {contender}  ")
 
 
-def test_loops_without_what_they_need_are_named(bench, tmp_path):
+def test_loops_without_what_they_need_are_named(run_program, tmp_path):
     """And the others are measured."""
     arguments, without = ("--loops", "a2c,impala,digits", *BRIEFLY), "gymnasium"
-    printed = bench("-c", WITHOUT, without, LOOP, *arguments).stdout
+    printed = run_program("-c", WITHOUT, without, LOOP, *arguments).stdout
     said = json.loads((tmp_path / "loop.json").read_text())
     assert set(said["left_out"]) == {"a2c", "impala"}
     for name, reason in said["left_out"].items():
@@ -113,16 +93,18 @@ def test_loops_without_what_they_need_are_named(bench, tmp_path):
         (["--json", "nowhere/loop.json"], "nowhere"),
     ],
 )
-def test_loop_says_what_it_cannot_do_before_measuring(arguments, message, bench):
-    finished = bench(LOOP, *arguments, status=2)
+def test_loop_says_what_it_cannot_do_before_measuring(arguments, message, run_program):
+    finished = run_program(LOOP, *arguments, status=2)
     assert message in finished.stderr.splitlines()[-1]
     assert not finished.stdout
 
 
-def points(bench, tmp_path, program, *arguments):
+def points(run_program, tmp_path, program, *arguments):
     """What a sweep measured, by (front, way, size); its table goes to stdout."""
     brief = ("--seconds", "0.05", "--json", "sweep.json")
-    printed = bench("-W", "error", str(BENCHES / program), *arguments, *brief).stdout
+    printed = run_program(
+        "-W", "error", str(BENCHES / program), *arguments, *brief
+    ).stdout
     said = json.loads((tmp_path / "sweep.json").read_text())
     found = {}
     for point in said["results"]:
@@ -134,8 +116,10 @@ def points(bench, tmp_path, program, *arguments):
     return found
 
 
-def test_tensors(bench, tmp_path):
-    found = points(bench, tmp_path, "tensors.py", "--sizes", "1,20", "--plot", "t.svg")
+def test_tensors(run_program, tmp_path):
+    found = points(
+        run_program, tmp_path, "tensors.py", "--sizes", "1,20", "--plot", "t.svg"
+    )
     assert {place[0] for place in found} == {"arrays", "torch"}
     assert len(found) == 4
     for contenders in found.values():
@@ -143,9 +127,9 @@ def test_tensors(bench, tmp_path):
     assert (tmp_path / "t.svg").read_text().startswith("<?xml")
 
 
-def test_threads(bench, tmp_path):
+def test_threads(run_program, tmp_path):
     options = ("--sizes", "1000,300000", "--front", "arrays", "--busy", "0,1")
-    found = points(bench, tmp_path, "threads.py", *options, "--plot", "t.png")
+    found = points(run_program, tmp_path, "threads.py", *options, "--plot", "t.png")
     ways = {f"{way}, {count} busy" for way in ("hot", "paced") for count in (0, 1)}
     assert set(found) == {("arrays", w, n) for w in ways for n in (1000, 300_000)}
     for contenders in found.values():
@@ -153,10 +137,10 @@ def test_threads(bench, tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
-def test_backward(bench, tmp_path):
+def test_backward(run_program, tmp_path):
     program, small = str(BENCHES / "backward.py"), ("--width", "16", "--layers", "2")
     brief = ("--seconds", "0.05", "--no-peak", "--json", "backward.json")
-    printed = bench("-W", "error", program, *small, *brief).stdout
+    printed = run_program("-W", "error", program, *small, *brief).stdout
     said = json.loads((tmp_path / "backward.json").read_text())
     assert said["width"] == 16
     names = [row["contender"] for row in said["results"]]
@@ -167,12 +151,16 @@ def test_backward(bench, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_backward_tells_gradients_at_once_from_those_one_by_one(bench, monkeypatch):
+def test_backward_tells_gradients_at_once_from_those_one_by_one(
+    run_program, monkeypatch
+):
     """Of some 67 MB, where memory is given back at once."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     program, size = str(BENCHES / "backward.py"), ("--width", "1024", "--layers", "16")
     peaks = [
-        float(bench(program, *size, "--peak-of", f"no step, dropped {when}").stdout)
+        float(
+            run_program(program, *size, "--peak-of", f"no step, dropped {when}").stdout
+        )
         for when in ("after", "in")
     ]
     assert peaks[0] > 60

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -23,23 +21,12 @@ runpy.run_module("rmsprop", run_name="__main__")
 
 
 @pytest.fixture
-def command(tmp_path):
-    """Runs `python -m rmsprop` in an empty folder, perhaps without some packages."""
+def command(run_program):
+    """Runs `python -m rmsprop`, perhaps without some packages."""
 
-    def run(*arguments, without=None, status=0, **environment):
+    def run(*arguments, without=None, **options):
         start = ["-c", WITHOUT, without] if without else ["-m", "rmsprop"]
-        inherited = {k: v for k, v in os.environ.items() if "RMSPROP" not in k}
-        finished = subprocess.run(
-            [sys.executable, *start, *arguments],
-            check=False,
-            cwd=tmp_path,
-            env={**inherited, **environment},
-            timeout=60,
-            capture_output=True,
-            text=True,
-        )
-        assert finished.returncode == status, finished.stderr
-        return finished
+        return run_program(*start, *arguments, timeout=60, **options)
 
     return run
 

@@ -10,8 +10,8 @@ use super::{Hyper, Real, Rows, norm};
 use crate::parallel::Threads;
 use crate::pool;
 
-/// Elements a thread takes at a time, at most: 64 KiB of each f32 stream, so that the streams of a chunk fit
-/// the second-level cache and a step of a millisecond still has enough chunks to balance.
+/// Elements a thread takes at a time, at most: 64 KiB of each f32 stream, so that the streams of a
+/// chunk fit the second-level cache and a step of a millisecond still has enough chunks to balance.
 const CHUNK: usize = 16 * 1024;
 
 /// Bytes of a cache line, which are those of the longest vector.
@@ -597,9 +597,9 @@ impl<T: Real> Pieces<T> {
         buffer[..g.len()].copy_from_slice(g);
     }
 
-    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range; in `together`,
-    /// which is one long, the gradients of a chunk are brought together if they are not. Needs `ends` unless the range
-    /// starts at 0.
+    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range; in
+    /// `together`, which is one long, the gradients of a chunk are brought together if they are
+    /// not. Needs `ends` unless the range starts at 0.
     fn squares_of(
         &self,
         chunks: std::ops::Range<usize>,
@@ -645,8 +645,8 @@ impl<T: Real> Pieces<T> {
 /// The rows of dense arrays from element `start` on, as many as there are elements of `g`.
 ///
 /// # Safety
-/// In `'a` the arrays of the piece that `h` uses, but for the gradient, are valid for those elements,
-/// and nobody else uses these.
+/// In `'a` the arrays of the piece that `h` uses, but for the gradient, are valid for those
+/// elements, and nobody else uses these.
 #[inline]
 unsafe fn dense_rows<'a, T: Real>(
     piece: &Piece<T>,

@@ -207,23 +207,24 @@ impl Inner {
             Some(verdict) => verdict,
             None => self.step_held(py, grads)?,
         };
-        match verdict.outcome {
-            Outcome::Update { .. } => {
-                self.count_steps(is_lent);
-                self.last_grad_norm = verdict.norm;
-                if !is_lent {
-                    self.tell_autograd(py)?;
-                }
-            }
-            Outcome::Skip => self.skipped_steps += 1,
-            Outcome::Raise {
-                index,
-                element,
-                found,
-            } => return Err(self.blame(index, element, found)),
+        if let Outcome::Raise {
+            index,
+            element,
+            found,
+        } = verdict.outcome
+        {
+            return Err(self.blame(index, element, found));
         }
         self.last_grad_norm = verdict.norm;
-        Ok(())
+        if let Outcome::Skip = verdict.outcome {
+            self.skipped_steps += 1;
+            return Ok(());
+        }
+        self.count_steps(is_lent);
+        match is_lent {
+            true => Ok(()),
+            false => self.tell_autograd(py),
+        }
     }
 
     /// A short step over NumPy arrays that all are what they were: their gradients, in a list or a
