@@ -258,6 +258,26 @@ proptest! {
         check::<f64>(&config, &lens, offset, &data);
     }
 
+    /// Rows that are long enough for blocks of lanes, of values that blocks like.
+    #[test]
+    fn long_rows_compute_the_plain_rule(
+        config in configs(),
+        len in 300usize..1000,
+        offset in 0usize..16,
+        data in prop::collection::vec(-2.0..2.0, 3000),
+        magnitude in -70..60,
+    ) {
+        let config = Config {
+            centered: false,
+            momentum: 0.0,
+            bias_correction: false,
+            maximize: false,
+            ..config
+        };
+        let data: Vec<f64> = data.iter().map(|x| x * 2f64.powi(magnitude)).collect();
+        check::<f32>(&config, &[len], offset, &data);
+    }
+
     /// Chunks and threads cut the work anywhere; large enough that threads really share it.
     #[test]
     fn every_number_of_threads_computes_the_same(

@@ -72,13 +72,17 @@ def small_numbers(seed):
 PARAM, GRAD = small_numbers(0), small_numbers(1)
 
 
-@functools.cache
-def expected(flags):
+def by_numpy(flags, param, grad, **options):
     """What NumPy, on this thread and in that mode, makes of the rule; one step."""
     with mode_set(flags):
-        oracle = Oracle([PARAM.copy()], **OPTIONS)
-        oracle.step([GRAD])
+        oracle = Oracle([param.copy()], **options)
+        oracle.step([grad])
     return oracle.params[0].tobytes()
+
+
+@functools.cache
+def expected(flags):
+    return by_numpy(flags, PARAM, GRAD, **OPTIONS)
 
 
 def stepped(flags, threads):
@@ -90,6 +94,17 @@ def stepped(flags, threads):
 
 def test_modes_differ():
     assert len({expected(flags) for flags in MODES.values()}) == len(MODES)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_plain_rule_rounds_as_the_mode_says(name):
+    """Of ordinary numbers, whose square roots may be computed in another way."""
+    rng = np.random.default_rng(2)
+    param, grad = rng.standard_normal((2, NUMEL), dtype=np.float32)
+    wanted = by_numpy(MODES[name], param, grad, lr=0.1)
+    with mode_set(MODES[name]):
+        RMSprop([param], lr=0.1).step(grads=[grad])
+    assert param.tobytes() == wanted
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

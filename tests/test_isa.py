@@ -23,7 +23,7 @@ OPTIONS = {
     "bias_correction": (False, True),
     "maximize": (False, True),
 }
-LENGTHS = (*range(35), 63, 64, 65, 127, 200)
+LENGTHS = (*range(35), 63, 64, 65, 127, 200, 500, 1000)
 
 
 @cache

@@ -157,17 +157,21 @@ impl Dim {
 }
 
 /// The storage of a [`Batch`], kept from step to step so that a step allocates nothing.
-pub(crate) struct Storage<T>(Pieces<T>);
+pub(crate) struct Storage<T> {
+    isa: Isa,
+    pieces: Pieces<T>,
+}
 
 impl<T> std::fmt::Debug for Storage<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Storage")
-            .field("isa", &self.0.isa)
+            .field("isa", &self.isa)
             .finish_non_exhaustive()
     }
 }
 
 struct Pieces<T> {
+    /// The one to run on in this step.
     isa: Isa,
     pieces: Vec<Piece<T>>,
     hypers: Vec<Hyper<T>>,
@@ -196,20 +200,22 @@ impl<T: Real> Storage<T> {
     /// Room for that many parameters, of that many elements in all, without another allocation.
     /// Room that is never used is never touched.
     pub fn new(isa: Isa, parameters: usize, numel: usize) -> Self {
-        Storage(Pieces {
+        let pieces = Pieces {
             pieces: Vec::with_capacity(parameters),
             hypers: Vec::with_capacity(parameters),
             ends: Vec::with_capacity(parameters),
             together: Vec::with_capacity(if numel > 0 { norm::CHUNK } else { 0 }),
             squares: Vec::with_capacity(numel.div_ceil(norm::CHUNK)),
             ..Pieces::new(isa)
-        })
+        };
+        Storage { isa, pieces }
     }
 
-    /// An empty batch.
+    /// An empty batch, to be updated in the floating-point mode that this thread is in.
     pub fn open<'a>(&mut self) -> Batch<'_, 'a, T> {
+        self.pieces.isa = self.isa.in_this_mode();
         let mut batch = Batch {
-            pieces: &mut self.0,
+            pieces: &mut self.pieces,
             borrowed: PhantomData,
         };
         batch.clear();

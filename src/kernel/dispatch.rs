@@ -2,8 +2,8 @@
 //! in.
 //!
 //! Nothing here computes: every function below is [`update::rows`] or [`norm::sum_squares`]
-//! compiled once more. LLVM vectorises them; intrinsics gained nothing (five streams of memory and
-//! one divider are the limits).
+//! compiled once more. LLVM vectorises them; where intrinsics gain something, the rule is compiled
+//! for lanes that are made of them ([`avx512`](super::avx512)).
 
 use std::sync::OnceLock;
 
@@ -81,6 +81,15 @@ impl Isa {
                     .join(", "),
             })
     }
+
+    /// The one to run on in this thread's floating-point mode: the blocks of
+    /// [`avx512`](super::avx512) are for rounding to nearest.
+    pub(super) fn in_this_mode(self) -> Isa {
+        match self {
+            Isa::Avx512 if !FloatMode::current().is_to_nearest() => Isa::Avx2,
+            isa => isa,
+        }
+    }
 }
 
 /// The instruction set that optimizers use: the widest this processor has, unless the environment
@@ -137,21 +146,29 @@ fn rows_scalar<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
     }
 }
 
+/// Elements from which on a call for the blocks and one for the rest take less than one for all.
+#[cfg(target_arch = "x86_64")]
+const BLOCKS_FROM: usize = 384;
+
 #[inline(never)]
 fn rows_baseline<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    update::rows(rows, h);
+    update::rows::<T, T>(rows, h);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn rows_avx2<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    update::rows(rows, h);
+    update::rows::<T, T>(rows, h);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,avx512f,avx512vl,avx512bw,avx512dq")]
 fn rows_avx512<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    update::rows(rows, h);
+    if rows.p.len() >= BLOCKS_FROM && h.is_plain() {
+        update::rows::<T, T::Avx512>(rows, &h.plain())
+    } else {
+        update::rows::<T, T>(rows, h)
+    }
 }
 
 /// The sum of the squares of at most [`norm::CHUNK`] elements, on `isa`.
@@ -185,11 +202,9 @@ fn sum_squares_avx512<T: Real>(g: &[T]) -> f64 {
 ///
 /// The mode belongs to a thread, so a step that runs on several must carry the caller's along.
 /// Elsewhere than on x86-64 it is left alone.
-#[cfg(feature = "rayon")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FloatMode(#[cfg(target_arch = "x86_64")] u32);
 
-#[cfg(feature = "rayon")]
 impl FloatMode {
     /// This thread's mode.
     pub fn current() -> Self {
@@ -206,7 +221,16 @@ impl FloatMode {
         FloatMode()
     }
 
+    /// Whether it rounds to nearest.
+    fn is_to_nearest(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 & Self::ROUNDING == 0;
+        #[cfg(not(target_arch = "x86_64"))]
+        true
+    }
+
     /// Runs `work` in this mode and gives the thread its own mode back, also when `work` panics.
+    #[cfg(feature = "rayon")]
     pub fn during<R>(self, work: impl FnOnce() -> R) -> R {
         struct Restore(FloatMode);
         impl Drop for Restore {
@@ -223,6 +247,11 @@ impl FloatMode {
     #[cfg(target_arch = "x86_64")]
     const EXCEPTIONS: u32 = 0x3f;
 
+    /// How to round; zero is to nearest.
+    #[cfg(target_arch = "x86_64")]
+    const ROUNDING: u32 = 3 << 13;
+
+    #[cfg(feature = "rayon")]
     fn set(self) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: every x86-64 processor has SSE; the value was read from the same register of some

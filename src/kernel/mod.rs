@@ -1,31 +1,22 @@
 //! The arithmetic of a step: the rule ([`update`]), the norm of the gradients ([`norm`]), both
 //! compiled for each instruction set ([`dispatch`]), over the tensors of a step ([`batch`]).
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub(crate) mod batch;
 pub(crate) mod dispatch;
+mod lanes;
 pub(crate) mod norm;
 mod update;
 
-use std::ops::{Add, Div, Mul, Sub};
-
 use crate::config::Config;
+use lanes::Lanes;
 
 /// A compute type: `f32` or `f64`.
 ///
 /// The trait is sealed; the operations are IEEE 754's, each rounding once.
 pub trait Real:
-    sealed::Sealed
-    + Copy
-    + Default
-    + PartialOrd
-    + Add<Output = Self>
-    + Sub<Output = Self>
-    + Mul<Output = Self>
-    + Div<Output = Self>
-    + Send
-    + Sync
-    + std::fmt::Debug
-    + 'static
+    sealed::Sealed + Default + PartialOrd + Send + Sync + std::fmt::Debug + 'static
 {
     /// Positive zero.
     const ZERO: Self;
@@ -33,14 +24,24 @@ pub trait Real:
     fn from_f64(value: f64) -> Self;
     /// Widens to `f64`, exactly.
     fn to_f64(self) -> f64;
-    /// The correctly rounded square root.
-    fn sqrt(self) -> Self;
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
+    use super::lanes::Lanes;
+
+    pub trait Sealed: Lanes<Self> {
+        /// What AVX-512 computes with.
+        #[cfg(target_arch = "x86_64")]
+        type Avx512: Lanes<Self>;
+    }
+    impl Sealed for f32 {
+        #[cfg(target_arch = "x86_64")]
+        type Avx512 = super::avx512::F32x64;
+    }
+    impl Sealed for f64 {
+        #[cfg(target_arch = "x86_64")]
+        type Avx512 = f64;
+    }
 }
 
 macro_rules! real {
@@ -54,10 +55,6 @@ macro_rules! real {
             #[inline(always)]
             fn to_f64(self) -> f64 {
                 self as f64
-            }
-            #[inline(always)]
-            fn sqrt(self) -> Self {
-                <$t>::sqrt(self)
             }
         }
     };
@@ -156,6 +153,49 @@ impl<T: Real> Hyper<T> {
         }
     }
 
+    /// Whether these ask for nothing but the plain rule and weight decay.
+    #[inline(always)]
+    pub fn is_plain(&self) -> bool {
+        let one = T::from_f64(1.0);
+        let is_scaled = self.grad_scale != one || self.correction != one;
+        !self.centered && !self.has_momentum() && !is_scaled
+    }
+
+    /// Those of the plain rule, in which the compiler sees the constants: it drops multiplications
+    /// by one.
+    #[inline(always)]
+    pub fn plain(&self) -> Self {
+        Hyper {
+            centered: false,
+            momentum_rule: Momentum::Off,
+            grad_scale: T::from_f64(1.0),
+            correction: T::from_f64(1.0),
+            ..*self
+        }
+    }
+
+    /// The same in all lanes.
+    #[inline(always)]
+    pub fn splat<L: Lanes<T>>(&self) -> Hyper<L> {
+        Hyper {
+            centered: self.centered,
+            momentum_rule: self.momentum_rule,
+            decay_rule: self.decay_rule,
+            grad_scale: L::splat(self.grad_scale),
+            weight_decay: L::splat(self.weight_decay),
+            lr_weight_decay: L::splat(self.lr_weight_decay),
+            alpha: L::splat(self.alpha),
+            one_minus_alpha: L::splat(self.one_minus_alpha),
+            correction: L::splat(self.correction),
+            eps_in: L::splat(self.eps_in),
+            eps_out: L::splat(self.eps_out),
+            momentum: L::splat(self.momentum),
+            lr: L::splat(self.lr),
+            lr_in: L::splat(self.lr_in),
+            lr_out: L::splat(self.lr_out),
+        }
+    }
+
     /// Whether the momentum buffer is used.
     #[inline]
     pub fn has_momentum(&self) -> bool {
@@ -190,4 +230,26 @@ pub(crate) struct Rows<'a, T> {
     pub v: &'a mut [T],
     pub m: &'a mut [T],
     pub b: &'a mut [T],
+}
+
+impl<T> Rows<'_, T> {
+    /// Those before an element and those from it on.
+    pub fn split_at(self, element: usize) -> (Self, Self) {
+        fn cut<T>(x: &mut [T], element: usize) -> (&mut [T], &mut [T]) {
+            x.split_at_mut(element.min(x.len()))
+        }
+        let (g, rest_g) = self.g.split_at(element);
+        let (p, rest_p) = cut(self.p, element);
+        let (v, rest_v) = cut(self.v, element);
+        let (m, rest_m) = cut(self.m, element);
+        let (b, rest_b) = cut(self.b, element);
+        let rest = Rows {
+            p: rest_p,
+            g: rest_g,
+            v: rest_v,
+            m: rest_m,
+            b: rest_b,
+        };
+        (Rows { p, g, v, m, b }, rest)
+    }
 }

@@ -7,41 +7,57 @@
 //! the bits do not depend on the instruction set that [`dispatch`](super::dispatch) compiles this
 //! for.
 
+use super::lanes::Lanes;
 use super::{Decay, Hyper, Momentum, Real, Rows};
 
-/// Updates the rows in place by the rule in `h`.
+/// Updates the rows in place by the rule in `h`, so many elements at a time as `L` has lanes.
 #[inline(always)]
-pub(super) fn rows<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
+pub(super) fn rows<T: Real, L: Lanes<T>>(rows: Rows<'_, T>, h: &Hyper<T>) {
+    let whole = rows.p.len() / L::COUNT * L::COUNT;
+    if L::COUNT == 1 || whole == 0 {
+        return by_rule::<T, T>(rows, h);
+    }
+    let (blocks, rest) = rows.split_at(whole);
+    by_rule::<T, L>(blocks, h);
+    by_rule::<T, T>(rest, h);
+}
+
+/// Turns `h.centered` into a constant.
+#[inline(always)]
+fn by_rule<T: Real, L: Lanes<T>>(rows: Rows<'_, T>, h: &Hyper<T>) {
     match h.centered {
-        false => with_momentum::<T, false>(rows, h),
-        true => with_momentum::<T, true>(rows, h),
+        false => with_momentum::<T, L, false>(rows, h),
+        true => with_momentum::<T, L, true>(rows, h),
     }
 }
 
 /// Turns `h.momentum_rule` into a constant.
 #[inline(always)]
-fn with_momentum<T: Real, const CENTERED: bool>(rows: Rows<'_, T>, h: &Hyper<T>) {
+fn with_momentum<T: Real, L: Lanes<T>, const CENTERED: bool>(rows: Rows<'_, T>, h: &Hyper<T>) {
     const OFF: u8 = Momentum::Off as u8;
     const HEAVY_BALL: u8 = Momentum::HeavyBall as u8;
     const NESTEROV: u8 = Momentum::Nesterov as u8;
     match h.momentum_rule {
-        Momentum::Off => with_decay::<T, CENTERED, OFF>(rows, h),
-        Momentum::HeavyBall => with_decay::<T, CENTERED, HEAVY_BALL>(rows, h),
-        Momentum::Nesterov => with_decay::<T, CENTERED, NESTEROV>(rows, h),
+        Momentum::Off => with_decay::<T, L, CENTERED, OFF>(rows, h),
+        Momentum::HeavyBall => with_decay::<T, L, CENTERED, HEAVY_BALL>(rows, h),
+        Momentum::Nesterov => with_decay::<T, L, CENTERED, NESTEROV>(rows, h),
     }
 }
 
 /// Turns `h.decay_rule` into a constant.
 #[inline(always)]
-fn with_decay<T: Real, const CENTERED: bool, const MOMENTUM: u8>(rows: Rows<'_, T>, h: &Hyper<T>) {
+fn with_decay<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8>(
+    rows: Rows<'_, T>,
+    h: &Hyper<T>,
+) {
     const OFF: u8 = Decay::Off as u8;
     const L2: u8 = Decay::L2 as u8;
     const DECOUPLED: u8 = Decay::Decoupled as u8;
     let Rows { p, g, v, m, b } = rows;
     match h.decay_rule {
-        Decay::Off => sweep::<T, CENTERED, MOMENTUM, OFF>(p, g, v, m, b, h),
-        Decay::L2 => sweep::<T, CENTERED, MOMENTUM, L2>(p, g, v, m, b, h),
-        Decay::Decoupled => sweep::<T, CENTERED, MOMENTUM, DECOUPLED>(p, g, v, m, b, h),
+        Decay::Off => sweep::<T, L, CENTERED, MOMENTUM, OFF>(p, g, v, m, b, h),
+        Decay::L2 => sweep::<T, L, CENTERED, MOMENTUM, L2>(p, g, v, m, b, h),
+        Decay::Decoupled => sweep::<T, L, CENTERED, MOMENTUM, DECOUPLED>(p, g, v, m, b, h),
     }
 }
 
@@ -50,7 +66,7 @@ fn with_decay<T: Real, const CENTERED: bool, const MOMENTUM: u8>(rows: Rows<'_, 
 // The slices are arguments, not fields of one struct, because only reference arguments tell LLVM
 // that they do not alias; it would otherwise check that at run time, for every tensor.
 #[inline(always)]
-fn sweep<T: Real, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
+fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
     p: &mut [T],
     g: &[T],
     v: &mut [T],
@@ -66,36 +82,40 @@ fn sweep<T: Real, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
     } else {
         b
     };
-    let h = *h;
-    for i in 0..n {
-        let mut g = h.grad_scale * g[i];
+    let h = h.splat::<L>();
+    for block in 0..n / L::COUNT {
+        let i = block * L::COUNT;
+        let mut p_i = L::load(p, i);
+        let mut g_i = h.grad_scale * L::load(g, i);
         if DECAY == Decay::L2 as u8 {
-            g = g + h.weight_decay * p[i];
+            g_i = g_i + h.weight_decay * p_i;
         }
         if DECAY == Decay::Decoupled as u8 {
-            p[i] = p[i] - h.lr_weight_decay * p[i];
+            p_i = p_i - h.lr_weight_decay * p_i;
         }
-        v[i] = h.alpha * v[i] + (h.one_minus_alpha * g) * g;
-        let mut d = h.correction * v[i];
+        let v_i = h.alpha * L::load(v, i) + (h.one_minus_alpha * g_i) * g_i;
+        v_i.store(v, i);
+        let mut d = h.correction * v_i;
         if CENTERED {
-            m[i] = h.alpha * m[i] + h.one_minus_alpha * g;
-            let mean = h.correction * m[i];
-            d = d - mean * mean;
-            // Rounding can make a variance negative. Not `max`: `f32::max(NaN, 0.0)` is 0 and would
-            // hide a NaN.
-            d = if d < T::ZERO { T::ZERO } else { d };
+            let m_i = h.alpha * L::load(m, i) + h.one_minus_alpha * g_i;
+            m_i.store(m, i);
+            let mean = h.correction * m_i;
+            // Rounding can make a variance negative.
+            d = (d - mean * mean).at_least_zero();
         }
         let s = (d + h.eps_in).sqrt() + h.eps_out;
         if MOMENTUM == Momentum::Off as u8 {
-            p[i] = p[i] - (h.lr * g) / s;
+            p_i = p_i - (h.lr * g_i) / s;
         } else {
-            let u = (h.lr_in * g) / s;
-            b[i] = h.momentum * b[i] + u;
+            let u = (h.lr_in * g_i) / s;
+            let b_i = h.momentum * L::load(b, i) + u;
+            b_i.store(b, i);
             if MOMENTUM == Momentum::Nesterov as u8 {
-                p[i] = p[i] - h.lr_out * (u + h.momentum * b[i]);
+                p_i = p_i - h.lr_out * (u + h.momentum * b_i);
             } else {
-                p[i] = p[i] - h.lr_out * b[i];
+                p_i = p_i - h.lr_out * b_i;
             }
         }
+        p_i.store(p, i);
     }
 }

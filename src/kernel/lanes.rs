@@ -1,0 +1,52 @@
+//! What the rule computes with: one number, or as many at once as an instruction set likes.
+
+use std::ops::{Add, Div, Mul, Sub};
+
+/// So many numbers of type `T` side by side. Each operation rounds once, in each lane alike.
+pub trait Lanes<T>:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self>
+{
+    /// How many.
+    const COUNT: usize;
+    /// The same number in all lanes.
+    fn splat(x: T) -> Self;
+    /// The elements of `x` from `start` on.
+    fn load(x: &[T], start: usize) -> Self;
+    /// Writes them there.
+    fn store(self, x: &mut [T], start: usize);
+    /// The correctly rounded square root.
+    fn sqrt(self) -> Self;
+    /// Zero instead of what is below zero; a NaN stays one.
+    fn at_least_zero(self) -> Self;
+}
+
+macro_rules! one_lane {
+    ($t:ty) => {
+        impl Lanes<$t> for $t {
+            const COUNT: usize = 1;
+            #[inline(always)]
+            fn splat(x: $t) -> Self {
+                x
+            }
+            #[inline(always)]
+            fn load(x: &[$t], start: usize) -> Self {
+                x[start]
+            }
+            #[inline(always)]
+            fn store(self, x: &mut [$t], start: usize) {
+                x[start] = self;
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                <$t>::sqrt(self)
+            }
+            #[inline(always)]
+            fn at_least_zero(self) -> Self {
+                // Not `max`: `f32::max(NaN, 0.0)` is 0 and would hide a NaN.
+                if self < 0.0 { 0.0 } else { self }
+            }
+        }
+    };
+}
+one_lane!(f32);
+one_lane!(f64);
