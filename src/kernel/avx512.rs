@@ -54,6 +54,10 @@ operator!(Div, div, _mm512_div_ps);
 
 impl Lanes<f32> for F32x64 {
     const COUNT: usize = WIDTH * VECTORS;
+    // If every rest were shorter than a block, LLVM would not vectorize its last numbers. (With
+    // masks that was slower still: the next row may begin where this one ends, and what a masked
+    // store covers cannot be loaded until it is done.)
+    const FROM: usize = 3 * Self::COUNT;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {

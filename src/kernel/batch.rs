@@ -431,20 +431,19 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     /// Updates every parameter and its state.
     pub fn update(mut self, threads: &Threads) {
         let threads = threads.useful(self.bytes());
-        let pieces = &*self.pieces;
         if threads <= 1 {
-            for piece in &pieces.pieces {
-                pieces.update_range(piece, 0, piece.numel);
-            }
-            return;
+            let pieces = &*self.pieces;
+            return pieces.update(Stretch {
+                pieces: &pieces.pieces,
+                start: 0,
+                len: pieces.numel,
+            });
         }
-        let chunks = pieces.numel.div_ceil(pieces.chunk());
+        let chunks = self.pieces.numel.div_ceil(self.pieces.chunk());
         self.on_threads(chunks, threads, |pieces, chunk| {
             let start = chunk * pieces.chunk();
             let end = (start + pieces.chunk()).min(pieces.numel);
-            pieces.pieces_of(start, end, |piece, start, end| {
-                pieces.update_range(piece, start, end)
-            });
+            pieces.update(pieces.stretch(start, end));
         });
     }
 }
@@ -483,49 +482,59 @@ impl<T: Real> Pieces<T> {
         }));
     }
 
-    /// Calls `work(piece, start, end)` for the part of each piece that lies in `start..end` of the
-    /// flat range. Needs `ends`.
-    fn pieces_of(&self, start: usize, end: usize, mut work: impl FnMut(&Piece<T>, usize, usize)) {
-        let mut at = start;
-        let mut index = self.ends.partition_point(|&piece_end| piece_end <= start);
-        while at < end {
-            let piece = &self.pieces[index];
-            let piece_start = self.ends[index] - piece.numel;
-            let stop = self.ends[index].min(end);
-            if at < stop {
-                work(piece, at - piece_start, stop - piece_start);
-            }
-            at = stop;
-            index += 1;
+    /// The elements `start..end` of the flat range. Needs `ends`.
+    fn stretch(&self, start: usize, end: usize) -> Stretch<'_, T> {
+        let first = self.ends.partition_point(|&piece_end| piece_end <= start);
+        let piece_start = self.ends[first] - self.pieces[first].numel;
+        Stretch {
+            pieces: &self.pieces[first..],
+            start: start - piece_start,
+            len: end - start,
         }
     }
 
-    /// Updates the elements `start..end` of a piece.
-    #[inline]
-    fn update_range(&self, piece: &Piece<T>, start: usize, end: usize) {
-        let h = &self.hypers[piece.hyper as usize];
-        if piece.layout != Piece::<T>::DENSE {
-            return self.update_strided(piece, start, end, h);
-        }
-        // From the first cache line that the parameter begins on: stores that go across two lines
-        // made 10 M elements slower by a tenth. State mostly lies like its parameter.
-        let head = match end - start {
-            0..ALIGNED_FROM => 0,
-            _ => piece.p.wrapping_add(start).addr().wrapping_neg() % LINE / size_of::<T>(),
-        };
-        for (start, end) in [(start, start + head), (start + head, end)] {
-            if start == end {
-                continue;
+    /// Updates a stretch.
+    fn update(&self, mut stretch: Stretch<'_, T>) {
+        while let Some(piece) = stretch.first() {
+            let h = &self.hypers[piece.hyper as usize];
+            match piece.layout {
+                Piece::<T>::DENSE => self.update_dense(&mut stretch, h),
+                _ => {
+                    let end = piece.numel.min(stretch.start + stretch.len);
+                    self.update_strided(piece, stretch.start, end, h);
+                    stretch.advance(end - stretch.start);
+                }
             }
+        }
+    }
+
+    /// Updates the dense pieces at the front of a stretch that have the hyperparameters of its first
+    /// one: finding the code for these takes as long as to update a hundred elements.
+    fn update_dense(&self, stretch: &mut Stretch<'_, T>, h: &Hyper<T>) {
+        let Some(first) = stretch.first() else { return };
+        let rows = std::iter::from_fn(|| {
+            let piece = stretch.first()?;
+            if piece.hyper != first.hyper || piece.layout != Piece::<T>::DENSE {
+                return None;
+            }
+            let (start, len) = (stretch.start, stretch.len.min(piece.numel - stretch.start));
+            // First up to the cache line that the parameter begins on: stores that go across two
+            // lines made 10 M elements slower by a tenth. State mostly lies like its parameter.
+            let head = match len {
+                0..ALIGNED_FROM => 0,
+                _ => piece.p.wrapping_add(start).addr().wrapping_neg() % LINE / size_of::<T>(),
+            };
+            let len = if head > 0 { head } else { len };
+            stretch.advance(len);
             // SAFETY: by the contract of `push_piece` the gradient is valid for `numel` elements,
             // and so are the other arrays that `h` uses, which are not aliased; nobody else works
-            // on `start..end`: the chunks of a step are disjoint.
-            let rows = unsafe {
-                let g = std::slice::from_raw_parts(piece.g.add(start), end - start);
+            // on these elements: the chunks of a step are disjoint.
+            Some(unsafe {
+                let g = std::slice::from_raw_parts(piece.g.add(start), len);
                 dense_rows(piece, start, g, h)
-            };
-            dispatch::rows(self.isa, rows, h);
-        }
+            })
+        });
+        dispatch::rows(self.isa, rows, h);
     }
 
     /// The same where only the gradient is strided, as with one in the other memory order: the
@@ -539,12 +548,22 @@ impl<T: Real> Pieces<T> {
     ) {
         let mut buffer = [T::ZERO; GATHER];
         for start in (start..end).step_by(GATHER) {
-            let g = &mut buffer[..GATHER.min(end - start)];
-            self.gather(piece, start, start + g.len(), g);
-            // SAFETY: the layout, by the contract of `push_piece` inside the arrays, is that of
-            // dense ones; the rest as in `update_range`.
-            let rows = unsafe { dense_rows(piece, start, g, h) };
-            dispatch::rows(self.isa, rows, h);
+            let len = GATHER.min(end - start);
+            self.gather(piece, start, start + len, &mut buffer);
+            let at = |x: *mut T| x.wrapping_add(start);
+            // By the contract of `push_piece` the layout, which is that of dense arrays, is inside
+            // the arrays.
+            let dense = Piece {
+                p: at(piece.p),
+                g: buffer.as_ptr(),
+                v: at(piece.v),
+                m: at(piece.m),
+                b: at(piece.b),
+                numel: len,
+                layout: Piece::<T>::DENSE,
+                ..*piece
+            };
+            self.update_dense(&mut Stretch::of(&dense), h);
         }
     }
 
@@ -566,15 +585,18 @@ impl<T: Real> Pieces<T> {
                 let source = arrays[array].cast_const().cast();
                 gather_from(layout, array, source, start, end, &mut buffers[array]);
             }
-            let [p, g, v, m, b] = &mut buffers;
-            let (p, g, v) = (&mut p[..len], &g[..len], &mut v[..len]);
-            let m = if h.centered { &mut m[..len] } else { &mut [] };
-            let b = if h.has_momentum() {
-                &mut b[..len]
-            } else {
-                &mut []
+            let [p, g, v, m, b] = buffers.each_mut().map(|buffer| buffer.as_mut_ptr());
+            let dense = Piece {
+                p,
+                g,
+                v,
+                m,
+                b,
+                numel: len,
+                layout: Piece::<T>::DENSE,
+                ..*piece
             };
-            dispatch::rows(self.isa, Rows { p, g, v, m, b }, h);
+            self.update_dense(&mut Stretch::of(&dense), h);
             for array in used().filter(|&array| array != GRADIENT) {
                 let mut filled = 0;
                 layout.walk(start, end, |offsets, strides, len| {
@@ -648,12 +670,52 @@ impl<T: Real> Pieces<T> {
     }
 }
 
+/// A part of the flat range.
+struct Stretch<'x, T> {
+    /// From the one on that it begins in.
+    pieces: &'x [Piece<T>],
+    /// Where in that one.
+    start: usize,
+    /// Elements.
+    len: usize,
+}
+
+impl<'x, T> Stretch<'x, T> {
+    /// A whole piece.
+    fn of(piece: &'x Piece<T>) -> Self {
+        Stretch {
+            pieces: std::slice::from_ref(piece),
+            start: 0,
+            len: piece.numel,
+        }
+    }
+
+    /// The piece that it begins in.
+    #[inline(always)]
+    fn first(&self) -> Option<&'x Piece<T>> {
+        if self.len == 0 {
+            return None;
+        }
+        self.pieces.first()
+    }
+
+    /// Leaves out elements of the first piece.
+    #[inline(always)]
+    fn advance(&mut self, count: usize) {
+        self.start += count;
+        self.len -= count;
+        if self.start == self.pieces[0].numel {
+            (self.pieces, self.start) = (&self.pieces[1..], 0);
+        }
+    }
+}
+
 /// The rows of dense arrays from element `start` on, as many as there are elements of `g`.
 ///
 /// # Safety
 /// In `'a` the arrays of the piece that `h` uses, but for the gradient, are valid for those
 /// elements, and nobody else uses these.
-#[inline]
+#[inline(always)]
 unsafe fn dense_rows<'a, T: Real>(
     piece: &Piece<T>,
     start: usize,

@@ -108,66 +108,53 @@ pub fn isa() -> Result<Isa, Error> {
     .clone()
 }
 
-/// Updates the rows in place, on `isa`.
+/// Updates all rows in place, on `isa`.
 #[inline(always)]
-pub(super) fn rows<T: Real>(isa: Isa, rows: Rows<'_, T>, h: &Hyper<T>) {
+pub(super) fn rows<'a, T: Real>(isa: Isa, all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
     match isa {
-        Isa::Scalar => rows_scalar(rows, h),
-        Isa::Baseline => rows_baseline(rows, h),
+        Isa::Scalar => rows_scalar(all, h),
+        Isa::Baseline => rows_baseline(all, h),
         // SAFETY: an `Isa` is made only by `Isa::named` and `Isa::available`, for instruction sets
         // this processor has, or by naming a variant, which `RmsProp::with_isa` checks with
         // `is_available`.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { rows_avx2(rows, h) },
+        Isa::Avx2 => unsafe { rows_avx2(all, h) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { rows_avx512(rows, h) },
+        Isa::Avx512 => unsafe { rows_avx512(all, h) },
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => rows_baseline(rows, h),
+        Isa::Avx2 | Isa::Avx512 => rows_baseline(all, h),
     }
 }
 
-fn rows_scalar<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    let Rows { p, g, v, m, b } = rows;
-    let (has_m, has_b) = (!m.is_empty(), !b.is_empty());
-    for i in 0..p.len() {
-        let one = |present| if present { i..i + 1 } else { 0..0 };
-        let (p, g, v) = (&mut p[one(true)], &g[one(true)], &mut v[one(true)]);
-        rows_baseline(
-            Rows {
-                p,
-                g,
-                v,
-                m: &mut m[one(has_m)],
-                b: &mut b[one(has_b)],
-            },
-            h,
-        );
+fn rows_scalar<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
+    for mut rows in all {
+        while !rows.p.is_empty() {
+            let (one, others) = rows.split_at(1);
+            rows_baseline(std::iter::once(one), h);
+            rows = others;
+        }
     }
 }
-
-/// Elements from which on a call for the blocks and one for the rest take less than one for all.
-#[cfg(target_arch = "x86_64")]
-const BLOCKS_FROM: usize = 384;
 
 #[inline(never)]
-fn rows_baseline<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    update::rows::<T, T>(rows, h);
+fn rows_baseline<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
+    update::rows::<T, T>(all, h);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn rows_avx2<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    update::rows::<T, T>(rows, h);
+fn rows_avx2<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
+    update::rows::<T, T>(all, h);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,avx512f,avx512vl,avx512bw,avx512dq")]
-fn rows_avx512<T: Real>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    if rows.p.len() >= BLOCKS_FROM && h.is_plain() {
-        update::rows::<T, T::Avx512>(rows, &h.plain())
+fn rows_avx512<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
+    if h.is_plain() {
+        update::rows::<T, T::Avx512>(all, &h.plain())
     } else {
-        update::rows::<T, T>(rows, h)
+        update::rows::<T, T>(all, h)
     }
 }
 

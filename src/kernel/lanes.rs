@@ -8,6 +8,8 @@ pub trait Lanes<T>:
 {
     /// How many.
     const COUNT: usize;
+    /// How long a row is from which on it is worth being cut into blocks of so many and a rest.
+    const FROM: usize = Self::COUNT;
     /// The same number in all lanes.
     fn splat(x: T) -> Self;
     /// The elements of `x` from `start` on.

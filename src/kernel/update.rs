@@ -10,57 +10,6 @@
 use super::lanes::Lanes;
 use super::{Decay, Hyper, Momentum, Real, Rows};
 
-/// Updates the rows in place by the rule in `h`, so many elements at a time as `L` has lanes.
-#[inline(always)]
-pub(super) fn rows<T: Real, L: Lanes<T>>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    let whole = rows.p.len() / L::COUNT * L::COUNT;
-    if L::COUNT == 1 || whole == 0 {
-        return by_rule::<T, T>(rows, h);
-    }
-    let (blocks, rest) = rows.split_at(whole);
-    by_rule::<T, L>(blocks, h);
-    by_rule::<T, T>(rest, h);
-}
-
-/// Turns `h.centered` into a constant.
-#[inline(always)]
-fn by_rule<T: Real, L: Lanes<T>>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    match h.centered {
-        false => with_momentum::<T, L, false>(rows, h),
-        true => with_momentum::<T, L, true>(rows, h),
-    }
-}
-
-/// Turns `h.momentum_rule` into a constant.
-#[inline(always)]
-fn with_momentum<T: Real, L: Lanes<T>, const CENTERED: bool>(rows: Rows<'_, T>, h: &Hyper<T>) {
-    const OFF: u8 = Momentum::Off as u8;
-    const HEAVY_BALL: u8 = Momentum::HeavyBall as u8;
-    const NESTEROV: u8 = Momentum::Nesterov as u8;
-    match h.momentum_rule {
-        Momentum::Off => with_decay::<T, L, CENTERED, OFF>(rows, h),
-        Momentum::HeavyBall => with_decay::<T, L, CENTERED, HEAVY_BALL>(rows, h),
-        Momentum::Nesterov => with_decay::<T, L, CENTERED, NESTEROV>(rows, h),
-    }
-}
-
-/// Turns `h.decay_rule` into a constant.
-#[inline(always)]
-fn with_decay<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8>(
-    rows: Rows<'_, T>,
-    h: &Hyper<T>,
-) {
-    const OFF: u8 = Decay::Off as u8;
-    const L2: u8 = Decay::L2 as u8;
-    const DECOUPLED: u8 = Decay::Decoupled as u8;
-    let Rows { p, g, v, m, b } = rows;
-    match h.decay_rule {
-        Decay::Off => sweep::<T, L, CENTERED, MOMENTUM, OFF>(p, g, v, m, b, h),
-        Decay::L2 => sweep::<T, L, CENTERED, MOMENTUM, L2>(p, g, v, m, b, h),
-        Decay::Decoupled => sweep::<T, L, CENTERED, MOMENTUM, DECOUPLED>(p, g, v, m, b, h),
-    }
-}
-
 /// One pass over the rows. The options are constants, so a line that is off is not computed at all:
 /// `0 * inf` would be NaN.
 // The slices are arguments, not fields of one struct, because only reference arguments tell LLVM
@@ -72,7 +21,7 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
     v: &mut [T],
     m: &mut [T],
     b: &mut [T],
-    h: &Hyper<T>,
+    h: &Hyper<L>,
 ) {
     let n = p.len();
     let (g, v) = (&g[..n], &mut v[..n]);
@@ -82,7 +31,6 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
     } else {
         b
     };
-    let h = h.splat::<L>();
     for block in 0..n / L::COUNT {
         let i = block * L::COUNT;
         let mut p_i = L::load(p, i);
@@ -117,5 +65,67 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
             }
         }
         p_i.store(p, i);
+    }
+}
+
+/// Updates all rows in place by the rule in `h`, as many elements at a time as `L` has lanes.
+#[inline(always)]
+pub(super) fn rows<'a, T: Real, L: Lanes<T>>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
+    match h.centered {
+        false => with_momentum::<T, L, false>(all, h),
+        true => with_momentum::<T, L, true>(all, h),
+    }
+}
+
+/// Turns `h.momentum_rule` into a constant.
+#[inline(always)]
+fn with_momentum<'a, T: Real, L: Lanes<T>, const CENTERED: bool>(
+    all: impl Iterator<Item = Rows<'a, T>>,
+    h: &Hyper<T>,
+) {
+    const OFF: u8 = Momentum::Off as u8;
+    const HEAVY_BALL: u8 = Momentum::HeavyBall as u8;
+    const NESTEROV: u8 = Momentum::Nesterov as u8;
+    match h.momentum_rule {
+        Momentum::Off => with_decay::<T, L, CENTERED, OFF>(all, h),
+        Momentum::HeavyBall => with_decay::<T, L, CENTERED, HEAVY_BALL>(all, h),
+        Momentum::Nesterov => with_decay::<T, L, CENTERED, NESTEROV>(all, h),
+    }
+}
+
+/// Turns `h.decay_rule` into a constant.
+#[inline(always)]
+fn with_decay<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8>(
+    all: impl Iterator<Item = Rows<'a, T>>,
+    h: &Hyper<T>,
+) {
+    const OFF: u8 = Decay::Off as u8;
+    const L2: u8 = Decay::L2 as u8;
+    const DECOUPLED: u8 = Decay::Decoupled as u8;
+    match h.decay_rule {
+        Decay::Off => each::<T, L, CENTERED, MOMENTUM, OFF>(all, h),
+        Decay::L2 => each::<T, L, CENTERED, MOMENTUM, L2>(all, h),
+        Decay::Decoupled => each::<T, L, CENTERED, MOMENTUM, DECOUPLED>(all, h),
+    }
+}
+
+/// The rows one after the other: blocks of `L`, and what is left of them.
+#[inline(always)]
+fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
+    all: impl Iterator<Item = Rows<'a, T>>,
+    h: &Hyper<T>,
+) {
+    let (h_block, h) = (h.splat::<L>(), h.splat::<T>());
+    for rows in all {
+        let rest = if L::COUNT > 1 && rows.p.len() >= L::FROM {
+            let len = rows.p.len() / L::COUNT * L::COUNT;
+            let (Rows { p, g, v, m, b }, rest) = rows.split_at(len);
+            sweep::<T, L, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, &h_block);
+            rest
+        } else {
+            rows
+        };
+        let Rows { p, g, v, m, b } = rest;
+        sweep::<T, T, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, &h);
     }
 }
