@@ -276,6 +276,7 @@ proptest! {
         };
         let data: Vec<f64> = data.iter().map(|x| x * 2f64.powi(magnitude)).collect();
         check::<f32>(&config, &[len], offset, &data);
+        check::<f64>(&config, &[len], offset, &data);
     }
 
     /// Chunks and threads cut the work anywhere; large enough that threads really share it.

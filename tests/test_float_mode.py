@@ -96,11 +96,12 @@ def test_modes_differ():
     assert len({expected(flags) for flags in MODES.values()}) == len(MODES)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", MODES)
-def test_the_plain_rule_rounds_as_the_mode_says(name):
+def test_the_plain_rule_rounds_as_the_mode_says(name, dtype):
     """Of ordinary numbers, whose square roots may be computed in another way."""
     rng = np.random.default_rng(2)
-    param, grad = rng.standard_normal((2, NUMEL), dtype=np.float32)
+    param, grad = rng.standard_normal((2, NUMEL), dtype=dtype)
     wanted = by_numpy(MODES[name], param, grad, lr=0.1)
     with mode_set(MODES[name]):
         RMSprop([param], lr=0.1).step(grads=[grad])

@@ -1,187 +1,252 @@
-//! `f32` on AVX-512: 64 numbers at once, half of whose square roots do without the dividing unit.
+//! Rows on AVX-512: four vectors at a time, half of whose square roots do without the dividing unit.
 //!
-//! While arrays are in a cache, the dividing unit is what a step waits for: 16 square roots and 16
-//! divisions take it 7 cycles (Zen 5), in which the multipliers have little to do. So every second
-//! root is computed by multiplying, to the same bits ([`sqrt_by_multiplying`]): the plain rule takes
-//! 0.85 of the time. Momentum and centering, which multiply more, took up to 1.2 of it.
+//! While arrays are in a cache, the dividing unit is what a step waits for: the square roots and
+//! divisions of a vector take it 7 cycles for `f32` and 12 for `f64` (Zen 5), in which the
+//! multipliers have little to do. So every second vector of roots is computed by multiplying, to
+//! the same bits. The plain rule then takes 0.85 (`f32`) and 0.7 (`f64`) of the time. With `f32`,
+//! momentum and centering multiply so much themselves that they took up to 1.2 of it.
 //!
-//! Vectors are worked on side by side because one after the other their long chains of operations
-//! do not fit the window in which a processor reorders them.
+//! The vectors are worked on side by side because one after the other their long chains of
+//! operations do not fit the window in which a processor reorders them.
+//!
+//! # A square root by multiplying
+//!
+//! AVX-512 estimates `1 / sqrt(x)` to within 2^-14 of it. From that come `s`, about the root, and
+//! `h`, about half of the reciprocal. A step of Goldschmidt's iteration, which `f64` needs, makes
+//! their relative errors 1.5 times the square of what they were, and so does `z = s + (x - s * s) * h`
+//! with that of the root: less than half a unit in the last place is left (0.1 for `f32`, 0.43 for
+//! `f64`).
+//!
+//! Let `f` be `z` rounded down and `f + u` the next number. Then the rounded root is one of the two:
+//! the latter if `x > (f + u / 2)^2 = f * (f + u) + u * u / 4`. As `x` and `f * (f + u)` are
+//! multiples of `u * u`, that is the case if `x > f * (f + u)` (Tuckerman's test), which a fused
+//! multiply-add tells without an error.
+//!
+//! All that is for rounding to nearest, and for `x` so large that nothing underflows.
 
-use std::arch::x86_64::*;
+use std::arch::x86_64::{_CMP_GT_OQ, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEG_INF};
 use std::ops::{Add, Div, Mul, Sub};
 
 use super::lanes::Lanes;
 
-/// Numbers in a vector.
-const WIDTH: usize = 16;
+const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
 
-/// Vectors in a block.
-const VECTORS: usize = 4;
-
-/// 64 numbers; one exists only in functions that are compiled for AVX-512 and run where it is.
-#[derive(Clone, Copy)]
-pub struct F32x64([__m512; VECTORS]);
-
-/// The vectors that an intrinsic makes of those of each operand.
+/// The vectors that an intrinsic makes of those of its operands.
 macro_rules! each {
-    ($intrinsic:ident $(::<$constant:ident>)?, $($operand:expr),*) => {
-        // SAFETY: where there is a block, there is AVX-512.
-        F32x64(unsafe { [
-            $intrinsic$(::<$constant>)?($($operand[0]),*),
-            $intrinsic$(::<$constant>)?($($operand[1]),*),
-            $intrinsic$(::<$constant>)?($($operand[2]),*),
-            $intrinsic$(::<$constant>)?($($operand[3]),*),
-        ] })
+    ($intrinsic:ident, $($operand:expr),+) => {
+        std::array::from_fn(|k| $intrinsic($($operand[k]),+))
     };
 }
 
 macro_rules! operator {
     ($trait:ident, $function:ident, $intrinsic:ident) => {
-        impl $trait for F32x64 {
+        impl $trait for Block {
             type Output = Self;
             #[inline(always)]
             fn $function(self, other: Self) -> Self {
-                each!($intrinsic, self.0, other.0)
+                // SAFETY: where there is a block, there is AVX-512.
+                Block(unsafe { each!($intrinsic, self.0, other.0) })
             }
         }
     };
 }
-operator!(Add, add, _mm512_add_ps);
-operator!(Sub, sub, _mm512_sub_ps);
-operator!(Mul, mul, _mm512_mul_ps);
-operator!(Div, div, _mm512_div_ps);
 
-impl Lanes<f32> for F32x64 {
-    const COUNT: usize = WIDTH * VECTORS;
-    // If every rest were shorter than a block, LLVM would not vectorize its last numbers. (With
-    // masks that was slower still: the next row may begin where this one ends, and what a masked
-    // store covers cannot be loaded until it is done.)
-    const FROM: usize = 3 * Self::COUNT;
+/// A block of numbers of one type. It is expanded where the intrinsics for them have short names.
+macro_rules! block {
+    ($real:ident) => {
+        /// Numbers in a vector.
+        const WIDTH: usize = 64 / size_of::<$real>();
 
-    #[inline(always)]
-    fn splat(x: f32) -> Self {
-        each!(_mm512_set1_ps, [x; VECTORS])
-    }
+        /// Four vectors; one exists only in functions that are compiled for AVX-512 and run where
+        /// it is.
+        #[derive(Clone, Copy)]
+        pub struct Block([Vector; 4]);
 
-    #[inline(always)]
-    fn load(x: &[f32], start: usize) -> Self {
-        let x = &x[start..start + Self::COUNT];
-        let vector = |k| x[k * WIDTH..][..WIDTH].as_ptr();
-        each!(
-            _mm512_loadu_ps,
-            [vector(0), vector(1), vector(2), vector(3)]
-        )
-    }
+        operator!(Add, add, add);
+        operator!(Sub, sub, sub);
+        operator!(Mul, mul, mul);
+        operator!(Div, div, div);
 
-    #[inline(always)]
-    fn store(self, x: &mut [f32], start: usize) {
-        let x = &mut x[start..start + Self::COUNT];
-        for (x, vector) in x.chunks_exact_mut(WIDTH).zip(self.0) {
-            // SAFETY: as in `each!`; `x` has `WIDTH` elements.
-            unsafe { _mm512_storeu_ps(x.as_mut_ptr(), vector) };
+        impl Lanes<$real> for Block {
+            const COUNT: usize = 4 * WIDTH;
+            // If every rest were shorter than a block, LLVM would not vectorize its last numbers.
+            // (With masks that was slower still: the next row may begin where this one ends, and
+            // what a masked store covers cannot be loaded until it is done.)
+            const FROM: usize = 3 * Self::COUNT;
+
+            #[inline(always)]
+            fn splat(x: $real) -> Self {
+                // SAFETY: as in `operator!`.
+                Block(unsafe { each!(set1, [x; 4]) })
+            }
+
+            #[inline(always)]
+            fn load(x: &[$real], start: usize) -> Self {
+                let x = &x[start..start + Self::COUNT];
+                let pointers: [_; 4] = std::array::from_fn(|k| x[k * WIDTH..].as_ptr());
+                // SAFETY: as in `operator!`; at each pointer there are as many as in a vector.
+                Block(unsafe { each!(loadu, pointers) })
+            }
+
+            #[inline(always)]
+            fn store(self, x: &mut [$real], start: usize) {
+                let x = &mut x[start..start + Self::COUNT];
+                for (x, vector) in x.chunks_exact_mut(WIDTH).zip(self.0) {
+                    // SAFETY: as in `operator!`; `x` is as long as a vector.
+                    unsafe { storeu(x.as_mut_ptr(), vector) };
+                }
+            }
+
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                let [a, b, c, d] = self.0;
+                // SAFETY: as in `operator!`.
+                unsafe {
+                    let [c, d] = each!(sqrt, [c, d]);
+                    let [a, b] = match are_in_range([a, b]) {
+                        true => sqrt_by_multiplying([a, b], each!(rsqrt14, [a, b])),
+                        false => each!(sqrt, [a, b]),
+                    };
+                    Block([a, b, c, d])
+                }
+            }
+
+            #[inline(always)]
+            fn at_least_zero(self) -> Self {
+                let zero = Self::splat(0.0).0;
+                // SAFETY: as in `operator!`.
+                unsafe {
+                    let is_below = self.0.map(|x| cmp::<_CMP_LT_OQ>(x, zero[0]));
+                    Block(each!(blend, is_below, self.0, zero))
+                }
+            }
         }
-    }
 
-    #[inline(always)]
-    fn sqrt(self) -> Self {
-        // SAFETY: as in `each!`.
-        unsafe {
-            let [a, b, c, d] = self.0;
-            let (c, d) = (_mm512_sqrt_ps(c), _mm512_sqrt_ps(d));
-            let [a, b] = match are_in_range(a, b) {
-                true => sqrt_by_multiplying([a, b], [_mm512_rsqrt14_ps(a), _mm512_rsqrt14_ps(b)]),
-                false => [_mm512_sqrt_ps(a), _mm512_sqrt_ps(b)],
-            };
-            F32x64([a, b, c, d])
+        /// Whether [`sqrt_by_multiplying`] may be used: all are from `LEAST` to the largest number.
+        #[inline(always)]
+        unsafe fn are_in_range(x: [Vector; 2]) -> bool {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                let is_outside = |x| {
+                    let above = sub_bits(to_bits(x), set1_bits(LEAST));
+                    cmpgt_bits(above, set1_bits($real::MAX.to_bits().cast_signed() - LEAST))
+                };
+                is_outside(x[0]) | is_outside(x[1]) == 0
+            }
         }
-    }
 
-    #[inline(always)]
-    fn at_least_zero(self) -> Self {
-        let zero = Self::splat(0.0).0;
-        // SAFETY: as in `each!`.
-        let below = unsafe {
-            let below = |x| _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, zero[0]);
-            self.0.map(below)
-        };
-        each!(_mm512_mask_mov_ps, self.0, below, zero)
-    }
+        /// The square roots of numbers in range; `estimate` is `1 / sqrt(x)` to within 2^-14 of it.
+        #[inline(always)]
+        pub(super) unsafe fn sqrt_by_multiplying(
+            x: [Vector; 2],
+            estimate: [Vector; 2],
+        ) -> [Vector; 2] {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                let mut s: [Vector; 2] = each!(mul, x, estimate);
+                // Half of it: not a multiplication, of which there are enough.
+                let exponent = set1_bits(1 << ($real::MANTISSA_DIGITS - 1));
+                let mut h = estimate.map(|y| from_bits(sub_bits(to_bits(y), exponent)));
+                if IS_REFINED {
+                    let half = [set1(0.5); 2];
+                    let lacks: [Vector; 2] = each!(fnmadd, s, h, half);
+                    s = each!(fmadd, s, lacks, s);
+                    h = each!(fmadd, h, lacks, h);
+                }
+                let lacks: [Vector; 2] = each!(fnmadd, s, s, x);
+                let down = |k: usize| fmadd_round::<DOWN>(lacks[k], h[k], s[k]);
+                let f = [down(0), down(1)];
+                let next = f.map(|f| from_bits(add_bits(to_bits(f), set1_bits(1))));
+                let above: [Vector; 2] = each!(fnmadd, f, next, x);
+                let is_next = above.map(|above| cmp::<_CMP_GT_OQ>(above, setzero()));
+                each!(blend, is_next, f, next)
+            }
+        }
+    };
 }
 
-/// Whether [`sqrt_by_multiplying`] may be used: all are from 2^-100 to the largest number.
-#[inline(always)]
-unsafe fn are_in_range(x: __m512, y: __m512) -> bool {
-    const LEAST: i32 = 0x0d80_0000; // 2^-100
-    const LARGEST: i32 = 0x7f7f_ffff;
-    // SAFETY: passed on to the caller.
-    unsafe {
-        let is_outside = |x| {
-            let above = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(LEAST));
-            _mm512_cmpgt_epu32_mask(above, _mm512_set1_epi32(LARGEST - LEAST))
-        };
-        is_outside(x) | is_outside(y) == 0
-    }
+pub mod f32x64 {
+    pub(super) use std::arch::x86_64::{
+        __m512 as Vector, _mm512_add_epi32 as add_bits, _mm512_add_ps as add,
+        _mm512_castps_si512 as to_bits, _mm512_castsi512_ps as from_bits,
+        _mm512_cmp_ps_mask as cmp, _mm512_cmpgt_epu32_mask as cmpgt_bits, _mm512_div_ps as div,
+        _mm512_fmadd_ps as fmadd, _mm512_fmadd_round_ps as fmadd_round, _mm512_fnmadd_ps as fnmadd,
+        _mm512_loadu_ps as loadu, _mm512_mask_blend_ps as blend, _mm512_mul_ps as mul,
+        _mm512_rsqrt14_ps as rsqrt14, _mm512_set1_epi32 as set1_bits, _mm512_set1_ps as set1,
+        _mm512_setzero_ps as setzero, _mm512_sqrt_ps as sqrt, _mm512_storeu_ps as storeu,
+        _mm512_sub_epi32 as sub_bits, _mm512_sub_ps as sub,
+    };
+
+    use super::*;
+
+    /// 2^-100.
+    const LEAST: i32 = (127 - 100) << 23;
+    const IS_REFINED: bool = false;
+    block!(f32);
 }
 
-/// The correctly rounded square roots of `x`, given those of 1 / x to within 2^-14.
-///
-/// A step of Goldschmidt's iteration makes of the latter `s`, the root to within 1.1 units in its
-/// last place, and `h`, half of the reciprocal to within 2^-23. The remainder `x - s * s`, which
-/// only a fused multiply-add can tell, times `h` is what `s` lacks, to within 2^-21 of such a unit.
-/// (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor",
-/// 1990.) So the last rounding is that of the root itself, unless the root is as near to the middle
-/// between two numbers: the few `x` for which it is are tested with every possible estimate, below.
-///
-/// That holds when rounding to nearest. The least `x` is such that no remainder underflows.
-#[inline(always)]
-unsafe fn sqrt_by_multiplying(x: [__m512; 2], estimate: [__m512; 2]) -> [__m512; 2] {
-    #[inline(always)]
-    fn both(vector: impl Fn(usize) -> __m512) -> [__m512; 2] {
-        [vector(0), vector(1)]
-    }
-    const EXPONENT: i32 = 1 << 23;
-    // SAFETY: passed on to the caller.
-    unsafe {
-        let half = _mm512_set1_ps(0.5);
-        let s = both(|k| _mm512_mul_ps(x[k], estimate[k]));
-        // Half of it: not a multiplication, of which there are enough.
-        let h = both(|k| {
-            let bits = _mm512_castps_si512(estimate[k]);
-            _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_set1_epi32(EXPONENT)))
-        });
-        let lacks = both(|k| _mm512_fnmadd_ps(s[k], h[k], half));
-        let s = both(|k| _mm512_fmadd_ps(s[k], lacks[k], s[k]));
-        let h = both(|k| _mm512_fmadd_ps(h[k], lacks[k], h[k]));
-        let remainder = both(|k| _mm512_fnmadd_ps(s[k], s[k], x[k]));
-        both(|k| _mm512_fmadd_ps(remainder[k], h[k], s[k]))
-    }
+pub mod f64x32 {
+    pub(super) use std::arch::x86_64::{
+        __m512d as Vector, _mm512_add_epi64 as add_bits, _mm512_add_pd as add,
+        _mm512_castpd_si512 as to_bits, _mm512_castsi512_pd as from_bits,
+        _mm512_cmp_pd_mask as cmp, _mm512_cmpgt_epu64_mask as cmpgt_bits, _mm512_div_pd as div,
+        _mm512_fmadd_pd as fmadd, _mm512_fmadd_round_pd as fmadd_round, _mm512_fnmadd_pd as fnmadd,
+        _mm512_loadu_pd as loadu, _mm512_mask_blend_pd as blend, _mm512_mul_pd as mul,
+        _mm512_rsqrt14_pd as rsqrt14, _mm512_set1_epi64 as set1_bits, _mm512_set1_pd as set1,
+        _mm512_setzero_pd as setzero, _mm512_sqrt_pd as sqrt, _mm512_storeu_pd as storeu,
+        _mm512_sub_epi64 as sub_bits, _mm512_sub_pd as sub,
+    };
+
+    use super::*;
+
+    /// 2^-900.
+    const LEAST: i64 = (1023 - 900) << 52;
+    const IS_REFINED: bool = true;
+    block!(f64);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Isa;
+    use crate::{Isa, Real};
 
-    fn sqrt(x: [f32; 64]) -> [f32; 64] {
-        let mut roots = x;
-        F32x64::load(&x, 0).sqrt().store(&mut roots, 0);
+    /// NaNs count as one.
+    fn bits<T: Real>(x: T) -> u64 {
+        let x = x.to_f64();
+        if x.is_nan() { u64::MAX } else { x.to_bits() }
+    }
+
+    fn sqrt<T: Real, B: Lanes<T>>(x: &[T]) -> Vec<T> {
+        let mut roots = x.to_vec();
+        B::load(x, 0).sqrt().store(&mut roots, 0);
         roots
     }
 
-    #[test]
-    fn every_operation_is_that_of_its_lanes() {
-        if !Isa::Avx512.is_available() {
-            return;
+    fn check_roots<T: Real, B: Lanes<T>>(x: &[T]) {
+        for (x, root) in x.iter().zip(sqrt::<T, B>(x)) {
+            assert_eq!(bits(root), bits(x.sqrt()), "{x:?}");
         }
-        let special = [0.0, -0.0, f32::INFINITY, f32::NAN, 1e-40, 3e38, -1e-45];
-        let x: [f32; 64] = std::array::from_fn(|i| match special.get(i / 4) {
-            Some(&x) => x,
-            None => (i as f32).sin(),
-        });
-        let y: [f32; 64] = std::array::from_fn(|i| x[i * 37 % 64]);
+    }
+
+    /// Numbers from 0 to 1, each time the same.
+    fn random() -> impl Iterator<Item = f64> {
+        let mut state = 1u64;
+        std::iter::from_fn(move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            Some((state >> 11) as f64 / (1u64 << 53) as f64)
+        })
+    }
+
+    fn check_operations<T: Real, B: Lanes<T>>() {
+        let special = [0.0, -0.0, f64::INFINITY, f64::NAN, 1e-40, 3e38, -5e-324];
+        let x: Vec<T> = (0..B::COUNT)
+            .map(|i| T::from_f64(*special.get(i / 2).unwrap_or(&(i as f64).sin())))
+            .collect();
+        let y: Vec<T> = (0..B::COUNT).map(|i| x[i * 37 % B::COUNT]).collect();
         type Both<T> = fn(T, T) -> T;
-        let operations: [(Both<F32x64>, Both<f32>); 6] = [
+        let operations: [(Both<B>, Both<T>); 6] = [
             (|x, y| x + y, |x, y| x + y),
             (|x, y| x - y, |x, y| x - y),
             (|x, y| x * y, |x, y| x * y),
@@ -190,13 +255,13 @@ mod tests {
             (|x, _| x.at_least_zero(), |x, _| x.at_least_zero()),
         ];
         for (of_block, of_lane) in operations {
-            let mut found = [0.0; 64];
-            of_block(F32x64::load(&x, 0), F32x64::load(&y, 0)).store(&mut found, 0);
-            for i in 0..64 {
+            let mut found = x.clone();
+            of_block(B::load(&x, 0), B::load(&y, 0)).store(&mut found, 0);
+            for i in 0..B::COUNT {
                 assert_eq!(
                     bits(found[i]),
                     bits(of_lane(x[i], y[i])),
-                    "{} {}",
+                    "{:?}, {:?}",
                     x[i],
                     y[i]
                 );
@@ -204,81 +269,113 @@ mod tests {
         }
     }
 
-    /// NaNs count as one.
-    fn bits(x: f32) -> u32 {
-        if x.is_nan() { u32::MAX } else { x.to_bits() }
+    #[test]
+    fn every_operation_is_that_of_its_lanes() {
+        if Isa::Avx512.is_available() {
+            check_operations::<f32, f32x64::Block>();
+            check_operations::<f64, f64x32::Block>();
+        }
+    }
+
+    fn check_range<T: Real, B: Lanes<T>>(outside: &[f64]) {
+        for (lane, &special) in
+            (0..B::COUNT).flat_map(|lane| outside.iter().map(move |x| (lane, x)))
+        {
+            let ordinary = |i| if i == lane { special } else { 1.0 + i as f64 };
+            let x: Vec<T> = (0..B::COUNT).map(|i| T::from_f64(ordinary(i))).collect();
+            check_roots::<T, B>(&x);
+        }
+    }
+
+    #[test]
+    fn one_number_out_of_range_is_noticed() {
+        if Isa::Avx512.is_available() {
+            let outside = [0.0, -0.0, f64::INFINITY, f64::NAN, -1.0, 5e-324];
+            check_range::<f32, f32x64::Block>(&outside);
+            check_range::<f32, f32x64::Block>(&[1e-38, 1e-42]);
+            check_range::<f64, f64x32::Block>(&outside);
+            check_range::<f64, f64x32::Block>(&[1e-307, 1e-310]);
+        }
     }
 
     /// Every mantissa; exponents at both ends of the range, in its middle, and outside.
     #[test]
-    fn roots_are_those_of_the_dividing_unit() {
+    fn roots_of_f32_are_those_of_the_dividing_unit() {
         if !Isa::Avx512.is_available() {
             return;
         }
         for exponent in [0, 1, 26, 27, 28, 127, 128, 253, 254, 255] {
             // Half of a block, twice: only that half is multiplied.
             for mantissa in (0..1 << 23).step_by(32) {
-                let x = std::array::from_fn(|i| {
+                let x: [f32; 64] = std::array::from_fn(|i| {
                     f32::from_bits((exponent << 23) | mantissa | (i as u32 % 32))
                 });
-                for (x, root) in x.into_iter().zip(sqrt(x)) {
-                    assert_eq!(bits(root), bits(x.sqrt()), "{x:e}");
-                }
+                check_roots::<f32, f32x64::Block>(&x);
             }
         }
     }
 
+    /// Where rounding is hardest: around squares, and around the squares of what is in the middle
+    /// between two numbers; besides, anywhere.
     #[test]
-    fn one_number_out_of_range_is_noticed() {
+    fn roots_of_f64_are_those_of_the_dividing_unit() {
         if !Isa::Avx512.is_available() {
             return;
         }
-        let outside = [0.0, -0.0, f32::INFINITY, f32::NAN, -1.0, 1e-38, 1e-42];
-        for (lane, special) in (0..64).flat_map(|lane| outside.map(|x| (lane, x))) {
-            let x = std::array::from_fn(|i| if i == lane { special } else { 1.0 + i as f32 });
-            assert_eq!(sqrt(x).map(bits), x.map(|x| bits(x.sqrt())), "{special:e}");
+        let mut random = random();
+        for round in 0..200_000 {
+            let scale = 2f64.powi((round % 2060) - 1040);
+            let x: [f64; 32] = std::array::from_fn(|i| {
+                let root = 1.0 + random.next().unwrap();
+                let square = match i % 4 {
+                    0 => root as f32 as f64 * root as f32 as f64,
+                    1 => root * root,
+                    2 => (root + f64::EPSILON / 2.0) * root,
+                    _ => 4.0 - (i as f64) * f64::EPSILON,
+                };
+                let nearby = square.to_bits() + (round as u64 + i as u64) % 5 - 2;
+                f64::from_bits(nearby) * scale
+            });
+            check_roots::<f64, f64x32::Block>(&x);
         }
     }
 
-    /// The proof: where the root is so near to the middle between two numbers that the error could
-    /// matter, every estimate that a processor may give leads to it.
-    #[test]
-    fn near_a_middle_every_estimate_leads_to_the_root() {
-        if !Isa::Avx512.is_available() {
-            return;
-        }
-        let mut hard = 0;
-        for exponent in [0, 1] {
-            for mantissa in 1u64 << 23..1 << 24 {
-                // x = square * 2^-46 is in [1, 4), its root in units of 2^-23; the middles are at odd
-                // multiples of half of that.
-                let square = mantissa << (23 + exponent);
-                let middle = 2 * square.isqrt() + 1;
-                let distance = (4 * square).abs_diff(middle * middle) as f64 / (4 * middle) as f64;
-                assert!(distance > 0.0);
-                // A hundred times the bound that `sqrt_by_multiplying` states.
-                if distance > 1.0 / (1 << 14) as f64 {
-                    continue;
+    /// Whatever a processor estimates within the 2^-14 that it may be wrong by.
+    macro_rules! check_estimates {
+        ($real:ident, $module:ident, $lanes:literal) => {
+            let mut random = random();
+            let mut next = || random.next().unwrap();
+            for round in 0..100_000 {
+                let x: [$real; $lanes] = std::array::from_fn(|_| (1.0 + 3.0 * next()) as $real);
+                let estimates: [$real; $lanes] = std::array::from_fn(|i| {
+                    let error = match (round + i) % 3 {
+                        0 => 1.0,
+                        1 => -1.0,
+                        _ => 2.0 * next() - 1.0,
+                    };
+                    let exact = 1.0 / f64::from(x[i]).sqrt();
+                    // Rounding must not make the error larger.
+                    (exact * (1.0 + error * (1.0 / 16384.0 - 1e-7))) as $real
+                });
+                let mut roots = [0.0; $lanes];
+                // SAFETY: the processor has AVX-512, and the arrays are as long as a vector.
+                unsafe {
+                    let [root, _] = $module::sqrt_by_multiplying(
+                        [$module::loadu(x.as_ptr()); 2],
+                        [$module::loadu(estimates.as_ptr()); 2],
+                    );
+                    $module::storeu(roots.as_mut_ptr(), root);
                 }
-                hard += 1;
-                let x = (square as f64 / (1u64 << 46) as f64) as f32;
-                let exact = f64::from(x).sqrt();
-                let ends = [1.0 - 1.0 / 16384.0, 1.0 + 1.0 / 16384.0].map(|end| end / exact);
-                let [first, last] = ends.map(|end| (end as f32).to_bits());
-                for bits in (first..=last).step_by(16) {
-                    let estimates: [f32; 16] =
-                        std::array::from_fn(|i| f32::from_bits(bits + i as u32));
-                    let mut roots = [0.0f32; 16];
-                    // SAFETY: the processor has AVX-512; the arrays are as long as a vector.
-                    unsafe {
-                        let estimates = _mm512_loadu_ps(estimates.as_ptr());
-                        let [root, _] = sqrt_by_multiplying([_mm512_set1_ps(x); 2], [estimates; 2]);
-                        _mm512_storeu_ps(roots.as_mut_ptr(), root);
-                    }
-                    assert_eq!(roots, [x.sqrt(); 16], "{x:e}");
-                }
+                assert_eq!(roots, x.map($real::sqrt), "{x:?}, {estimates:?}");
             }
+        };
+    }
+
+    #[test]
+    fn every_estimate_leads_to_the_root() {
+        if Isa::Avx512.is_available() {
+            check_estimates!(f32, f32x64, 16);
+            check_estimates!(f64, f64x32, 8);
         }
-        assert!(hard > 1000, "{hard}");
     }
 }

@@ -36,11 +36,11 @@ mod sealed {
     }
     impl Sealed for f32 {
         #[cfg(target_arch = "x86_64")]
-        type Avx512 = super::avx512::F32x64;
+        type Avx512 = super::avx512::f32x64::Block;
     }
     impl Sealed for f64 {
         #[cfg(target_arch = "x86_64")]
-        type Avx512 = f64;
+        type Avx512 = super::avx512::f64x32::Block;
     }
 }
 
