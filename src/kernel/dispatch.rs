@@ -47,7 +47,8 @@ impl Isa {
             Isa::Scalar | Isa::Baseline => true,
             Isa::Avx2 => is_x86_feature_detected!("avx2"),
             Isa::Avx512 => {
-                is_x86_feature_detected!("avx512f")
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")

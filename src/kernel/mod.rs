@@ -154,6 +154,7 @@ impl<T: Real> Hyper<T> {
     }
 
     /// Whether these ask for nothing but the plain rule and weight decay.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn is_plain(&self) -> bool {
         let one = T::from_f64(1.0);
@@ -163,6 +164,7 @@ impl<T: Real> Hyper<T> {
 
     /// Those of the plain rule, in which the compiler sees the constants: it drops multiplications
     /// by one.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn plain(&self) -> Self {
         Hyper {
