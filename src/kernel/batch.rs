@@ -56,6 +56,20 @@ pub(crate) struct Piece<T> {
 impl<T> Piece<T> {
     /// The layout of arrays that are all dense in the same order.
     pub const DENSE: u32 = u32::MAX;
+
+    /// Some of its elements, in the dense arrays p g v m b.
+    fn dense(&self, [p, g, v, m, b]: [*mut T; ARRAYS], numel: usize) -> Self {
+        Piece {
+            p,
+            g,
+            v,
+            m,
+            b,
+            numel,
+            layout: Self::DENSE,
+            ..*self
+        }
+    }
 }
 
 /// How the arrays of a strided tensor lie in memory; strides are in bytes, in the order p g v m b.
@@ -509,7 +523,7 @@ impl<T: Real> Pieces<T> {
     }
 
     /// Updates the dense pieces at the front of a stretch that have the hyperparameters of its first
-    /// one: finding the code for these takes as long as to update a hundred elements.
+    /// one: finding the code for these takes a quarter of the time that a hundred elements do.
     fn update_dense(&self, stretch: &mut Stretch<'_, T>, h: &Hyper<T>) {
         let Some(first) = stretch.first() else { return };
         let rows = std::iter::from_fn(|| {
@@ -528,7 +542,8 @@ impl<T: Real> Pieces<T> {
             stretch.advance(len);
             // SAFETY: by the contract of `push_piece` the gradient is valid for `numel` elements,
             // and so are the other arrays that `h` uses, which are not aliased; nobody else works
-            // on these elements: the chunks of a step are disjoint.
+            // on these elements: the chunks of a step are disjoint. Of a piece that was made of a
+            // strided one, arrays are stretches of that one's or buffers of the caller's.
             Some(unsafe {
                 let g = std::slice::from_raw_parts(piece.g.add(start), len);
                 dense_rows(piece, start, g, h)
@@ -551,19 +566,9 @@ impl<T: Real> Pieces<T> {
             let len = GATHER.min(end - start);
             self.gather(piece, start, start + len, &mut buffer);
             let at = |x: *mut T| x.wrapping_add(start);
-            // By the contract of `push_piece` the layout, which is that of dense arrays, is inside
-            // the arrays.
-            let dense = Piece {
-                p: at(piece.p),
-                g: buffer.as_ptr(),
-                v: at(piece.v),
-                m: at(piece.m),
-                b: at(piece.b),
-                numel: len,
-                layout: Piece::<T>::DENSE,
-                ..*piece
-            };
-            self.update_dense(&mut Stretch::of(&dense), h);
+            let g = buffer.as_mut_ptr();
+            let arrays = [at(piece.p), g, at(piece.v), at(piece.m), at(piece.b)];
+            self.update_dense(&mut Stretch::of(&piece.dense(arrays, len)), h);
         }
     }
 
@@ -585,18 +590,8 @@ impl<T: Real> Pieces<T> {
                 let source = arrays[array].cast_const().cast();
                 gather_from(layout, array, source, start, end, &mut buffers[array]);
             }
-            let [p, g, v, m, b] = buffers.each_mut().map(|buffer| buffer.as_mut_ptr());
-            let dense = Piece {
-                p,
-                g,
-                v,
-                m,
-                b,
-                numel: len,
-                layout: Piece::<T>::DENSE,
-                ..*piece
-            };
-            self.update_dense(&mut Stretch::of(&dense), h);
+            let gathered = buffers.each_mut().map(|buffer| buffer.as_mut_ptr());
+            self.update_dense(&mut Stretch::of(&piece.dense(gathered, len)), h);
             for array in used().filter(|&array| array != GRADIENT) {
                 let mut filled = 0;
                 layout.walk(start, end, |offsets, strides, len| {
