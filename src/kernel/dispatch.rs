@@ -140,13 +140,13 @@ fn rows_scalar<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>
 
 #[inline(never)]
 fn rows_baseline<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
-    update::rows::<T, T>(all, h);
+    update::rows::<T, T::One>(all, h);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn rows_avx2<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
-    update::rows::<T, T>(all, h);
+    update::rows::<T, T::One>(all, h);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -155,7 +155,7 @@ fn rows_avx512<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>
     if h.is_plain() {
         update::rows::<T, T::Avx512>(all, &h.plain())
     } else {
-        update::rows::<T, T>(all, h)
+        update::rows::<T, T::One>(all, h)
     }
 }
 

@@ -9,6 +9,8 @@ mod lanes;
 pub(crate) mod norm;
 mod update;
 
+use std::ops::{Add, Div, Mul, Sub};
+
 use crate::config::Config;
 use lanes::Lanes;
 
@@ -16,7 +18,18 @@ use lanes::Lanes;
 ///
 /// The trait is sealed; the operations are IEEE 754's, each rounding once.
 pub trait Real:
-    sealed::Sealed + Default + PartialOrd + Send + Sync + std::fmt::Debug + 'static
+    sealed::Sealed
+    + Copy
+    + Default
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Send
+    + Sync
+    + std::fmt::Debug
+    + 'static
 {
     /// Positive zero.
     const ZERO: Self;
@@ -24,21 +37,27 @@ pub trait Real:
     fn from_f64(value: f64) -> Self;
     /// Widens to `f64`, exactly.
     fn to_f64(self) -> f64;
+    /// The correctly rounded square root.
+    fn sqrt(self) -> Self;
 }
 
 mod sealed {
     use super::lanes::Lanes;
 
-    pub trait Sealed: Lanes<Self> {
+    pub trait Sealed: Sized {
+        /// One number at a time.
+        type One: Lanes<Self>;
         /// What AVX-512 computes with.
         #[cfg(target_arch = "x86_64")]
         type Avx512: Lanes<Self>;
     }
     impl Sealed for f32 {
+        type One = f32;
         #[cfg(target_arch = "x86_64")]
         type Avx512 = super::avx512::f32x64::Block;
     }
     impl Sealed for f64 {
+        type One = f64;
         #[cfg(target_arch = "x86_64")]
         type Avx512 = super::avx512::f64x32::Block;
     }
@@ -55,6 +74,10 @@ macro_rules! real {
             #[inline(always)]
             fn to_f64(self) -> f64 {
                 self as f64
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                <$t>::sqrt(self)
             }
         }
     };

@@ -115,7 +115,7 @@ fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, cons
     all: impl Iterator<Item = Rows<'a, T>>,
     h: &Hyper<T>,
 ) {
-    let (h_block, h) = (h.splat::<L>(), h.splat::<T>());
+    let (h_block, h) = (h.splat::<L>(), h.splat::<T::One>());
     for rows in all {
         let rest = if L::COUNT > 1 && rows.p.len() >= L::FROM {
             let len = rows.p.len() / L::COUNT * L::COUNT;
@@ -126,6 +126,6 @@ fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, cons
             rows
         };
         let Rows { p, g, v, m, b } = rest;
-        sweep::<T, T, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, &h);
+        sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, &h);
     }
 }
