@@ -1,5 +1,6 @@
 """Promise: autograd, its modes, `torch.compile` and hooks on gradients see a step of ours as they see one of torch's."""
 
+import copy
 import threading
 
 import pytest
@@ -44,6 +45,88 @@ def test_versions_of_parameters_rise_and_of_gradients_do_not(form):
             after = versions(side.params), versions(grads)
             assert all(map(int.__lt__, before[0], after[0]))
             assert after[1] == before[1]
+
+
+def copied(opt):
+    """State that is another optimizer's now."""
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def replaced(opt):
+    for state in opt.state.values():
+        for key in ARRAYS:
+            state[key] = state[key].clone()
+
+
+def exchanged(opt):
+    """State that was created for another parameter."""
+    params = opt.param_groups[0]["params"]
+    first, second = (opt.state[p] for p in params[:2])
+    for key in ARRAYS:
+        first[key], second[key] = second[key], first[key]
+
+
+def moved(opt):
+    for p in opt.param_groups[0]["params"]:
+        p.data = p.data.clone()
+
+
+def swapped(opt):
+    """What `Module.to` and `load_state_dict` can be told to do: other tensors in the same objects."""
+    for p in opt.param_groups[0]["params"]:
+        p.grad = None
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().clone()))
+
+
+def inherited(opt):
+    """Other parameters in the same memory, with the same state."""
+    params = opt.param_groups[0]["params"]
+    for k, p in enumerate(params):
+        params[k] = torch.nn.Parameter(p.data)
+        opt.state[params[k]] = opt.state.pop(p)
+
+
+ARRAYS = ("square_avg", "momentum_buffer", "grad_avg")
+EDITS = {
+    f.__name__: f for f in (copied, replaced, exchanged, moved, swapped, inherited)
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("numel", [100, 10_000])
+def test_every_write_is_counted(edit, numel):
+    """Once, and of small tensors too, whose state shares the count of its parameter."""
+    params = [normal(k, (numel,)).requires_grad_() for k in range(3)]
+    opt = RMSprop(params, momentum=0.9, centered=True)
+    params = opt.param_groups[0]["params"]
+
+    def steps(count):
+        for seed in range(count):
+            for k, p in enumerate(params):
+                p.grad = normal(seed * 10 + k, (numel,))
+            written = [
+                [p, *(opt.state[p][key] for key in ARRAYS if p in opt.state)]
+                for p in params
+            ]
+            before = [versions(tensors) for tensors in written]
+            opt.step()
+            for tensors, old in zip(written, before, strict=True):
+                assert all(map(int.__lt__, old, versions(tensors)))
+
+    steps(3)
+    assert versions(params) == [3, 3, 3]
+    edit(opt)
+    steps(3)
+
+
+def test_creating_state_is_no_write():
+    weight = normal(0, (3, 3)).requires_grad_()
+    out = (weight @ weight).sum()
+    weight.grad = torch.full_like(weight, torch.nan)
+    opt = RMSprop([weight], nonfinite="raise")
+    with pytest.raises(FloatingPointError):
+        opt.step()
+    out.backward()
 
 
 @pytest.mark.parametrize("key", ["square_avg", "grad_avg", "momentum_buffer"])

@@ -468,14 +468,19 @@ def test_state_that_is_replaced_is_let_go(numel):
     assert all(ref() is None for ref in second)
 
 
-def test_an_optimizer_that_its_parameter_refers_to_is_collected():
+@pytest.mark.parametrize("refer", ["attribute", "hook"])
+def test_an_optimizer_that_its_parameter_refers_to_is_collected(refer):
     def make():
         p = torch.nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         opt = RMSprop([p])
         opt.step()
         opt.step()
-        p.owner = opt
+        match refer:
+            case "attribute":
+                p.owner = opt
+            case "hook":
+                p.register_hook(lambda grad: opt and None)
         return map(weakref.ref, (p, opt, opt.state[p]["square_avg"]))
 
     refs = list(make())

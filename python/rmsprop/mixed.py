@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
+
+from rmsprop import _core
 
 if TYPE_CHECKING:
     from rmsprop.torch import RMSprop
@@ -242,7 +243,19 @@ def _step_by_torch(group: Group, items: list[Item]) -> None:
 
 def missing_state(p: Tensor, entry: Group, group: Group) -> Group:
     """Creates the state that the options need and that is not there, at its start value."""
-    like = partial(torch.full_like, p, memory_format=torch.preserve_format)
+
+    shares_version = not group["differentiable"] and _is_small(p)
+
+    def like(value: float) -> Tensor:
+        values = torch.full_like(p, value, memory_format=torch.preserve_format)
+        if not shares_version:
+            return values
+        # With the version counter of p: writes of the two are counted as one, which for a small
+        # tensor takes as long as the update. (`set_` would be counted as well.)
+        tensor = p.detach()
+        tensor.data = values
+        return tensor
+
     new: Group = {}
     count = entry.get("step", 0.0)
     if not torch.is_tensor(count):
@@ -254,6 +267,16 @@ def missing_state(p: Tensor, entry: Group, group: Group) -> Group:
     if group["centered"] and "grad_avg" not in entry:
         new["grad_avg"] = like(0.0)
     return new
+
+
+def _is_small(p: Tensor) -> bool:
+    """Whether a parameter is one of the small tensors that the core keeps in mind."""
+    if type(p) not in (Tensor, torch.nn.Parameter) or p.layout != torch.strided:
+        return False
+    if is_watched() or torch._C._are_functorch_transforms_active() or p.is_inference():
+        return False
+    is_float = p.dtype in (torch.float32, torch.float64)
+    return is_float and p.is_cpu and p.numel() <= _core.Stepper.SMALL
 
 
 def count_of(value: float, p: Tensor, group: Group) -> Tensor:

@@ -8,7 +8,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::optimizer::{max_grad_norm_of, nonfinite_name, nonfinite_of, threads_of};
 use super::options::{Change, Snapshot, TORCH_FLAGS, is_torch_config, torch_config_of};
-use super::tensor::torch::{GroupPairs, Manner, Pair, Rows, Source, Torch, Unfit, takes};
+use super::tensor::torch::{GroupPairs, Manner, Pair, Pins, Rows, Source, Torch, Unfit, takes};
 use super::tensor::work::{ELSEWHERE, Gathered, culprit};
 use super::turn::Turns;
 use crate::config::Config;
@@ -17,7 +17,7 @@ use crate::optimizer::{Clipping, Outcome, Verdict};
 use crate::parallel::threads_from_environment;
 
 /// Steps torch tensors; `rmsprop.torch.RMSprop` has one. From step to step it keeps what the dicts of
-/// the groups hold, lists of parameters included, to compare; no address.
+/// the groups hold, lists of parameters included, and small tensors, to compare; no address to read.
 #[pyclass(frozen, module = "rmsprop._core")]
 pub(crate) struct Stepper(Turns<Contents>);
 
@@ -34,7 +34,6 @@ struct Contents {
     /// Kept from step to step so that a step allocates nothing.
     pairs: Vec<Pair>,
     rows: Rows,
-    written: Vec<Py<PyAny>>,
 }
 
 /// A parameter group as last read.
@@ -63,7 +62,6 @@ impl Stepper {
             unsure: Vec::new(),
             pairs: Vec::new(),
             rows: Rows::new(isa()?),
-            written: Vec::new(),
         })))
     }
 
@@ -72,6 +70,7 @@ impl Stepper {
         let Some(contents) = self.0.try_take() else {
             return Ok(());
         };
+        contents.rows.traverse(&visit)?;
         contents.groups.iter().try_for_each(|group| {
             group.snapshot.traverse(&visit)?;
             visit.call(&group.params)
@@ -79,13 +78,17 @@ impl Stepper {
     }
 
     fn __clear__(&self) {
-        let groups = self
-            .0
-            .try_take()
-            .map(|mut contents| std::mem::take(&mut contents.groups));
+        let held = self.0.try_take().map(|mut contents| {
+            let groups = std::mem::take(&mut contents.groups);
+            (groups, contents.rows.take_pins())
+        });
         // Dropping may run Python code, which may come back here.
-        drop(groups);
+        drop(held);
     }
+
+    /// The most elements of a tensor that is kept in mind from step to step.
+    #[classattr]
+    const SMALL: usize = Pins::SMALL;
 
     /// Steps every parameter of the groups that has a gradient; False, with nothing written, if
     /// something is not ordinary: no plain tensor of f32 or f64 in host memory, or without state.
@@ -493,16 +496,8 @@ impl Contents {
         let py = dicts.py();
         match verdict.outcome {
             Outcome::Update { .. } => {
-                // As torch does for all that it writes but the counts.
-                let pairs = self.pairs.drain(..).map(|pair| {
-                    drop(pair.g.into_bound(py));
-                    pair.p
-                });
-                self.written.extend(pairs.chain(self.rows.written()));
-                let written = PyList::new(py, self.written.drain(..))?;
-                let told = torch.increment_version(written.into_any());
                 self.last_grad_norm = verdict.norm;
-                told
+                self.rows.tell(py, torch)
             }
             Outcome::Skip => {
                 self.skipped_steps = self.skipped_steps.saturating_add(1);

@@ -7,8 +7,8 @@
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyString, PyTuple, PyType};
-use pyo3::{ffi, intern};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
+use pyo3::{PyTraverseError, PyVisit, ffi, intern};
 use std::collections::HashMap;
 use std::ffi::CStr;
 
@@ -100,10 +100,42 @@ impl Torch {
     }
 
     /// Tells autograd that tensors were written in place.
-    pub fn increment_version(&self, tensors: Bound<'_, PyAny>) -> PyResult<()> {
-        let py = tensors.py();
+    fn increment_version<'py, T: IntoPyObject<'py>>(
+        &self,
+        py: Python<'py>,
+        tensors: impl ExactSizeIterator<Item = T>,
+    ) -> PyResult<()> {
+        let tensors = PyList::new(py, tensors)?;
         self.increment_version.bind(py).call1((tensors,))?;
         Ok(())
+    }
+
+    /// Tells autograd that a parameter and its state, `square_avg` first, were written. Whether
+    /// telling it of `square_avg` told it of all.
+    fn count_as_one(&self, py: Python<'_>, written: &[Py<PyAny>]) -> PyResult<bool> {
+        let Ok(before) = self.versions(py, written) else {
+            self.increment_version(py, written.iter())?;
+            return Ok(false);
+        };
+        self.increment_version(py, written[1..2].iter())?;
+        let after = self.versions(py, written)?;
+        let versions = before.iter().zip(&after);
+        let untold = written.iter().zip(versions);
+        let untold: Vec<_> = untold
+            .filter(|(_, (before, after))| before == after)
+            .collect();
+        self.increment_version(py, untold.iter().map(|(tensor, _)| *tensor))?;
+        Ok(untold.is_empty())
+    }
+
+    /// How often tensors were written in place; an error for inference tensors, of which torch does
+    /// not count it.
+    fn versions(&self, py: Python<'_>, tensors: &[Py<PyAny>]) -> PyResult<Vec<i64>> {
+        let version = |tensor: &Py<PyAny>| {
+            let version = tensor.bind(py).getattr(intern!(py, "_version"))?;
+            version.extract()
+        };
+        tensors.iter().map(version).collect()
     }
 
     /// torch's own number of threads.
@@ -314,6 +346,8 @@ struct Notes {
     counts: Vec<usize>,
     /// Those of the state that is written.
     arrays: Vec<usize>,
+    /// Those of what autograd is told of.
+    told: Vec<usize>,
     held: Vec<Py<PyAny>>,
 }
 
@@ -364,20 +398,33 @@ impl Rows {
         }
     }
 
-    /// The state arrays that were written, since the last release.
-    pub fn written(&mut self) -> impl Iterator<Item = Py<PyAny>> {
-        self.notes.held.drain(..)
-    }
-
     /// Lets go of what a step held.
     pub fn release(&mut self) {
         self.notes.held.clear();
+        self.pins.wanted.clear();
         self.pins.retired.clear();
     }
 
-    /// Lets go of all state, which is about to change.
+    /// Lets go of all parameters and state, which are about to change.
     pub fn unpin(&mut self) {
         self.pins.retired.append(&mut self.pins.pins);
+    }
+
+    /// Gives away what is kept from step to step, to be dropped.
+    pub fn take_pins(&mut self) -> impl Sized + use<> {
+        std::mem::take(&mut self.pins)
+    }
+
+    /// For the garbage collector.
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let mut pins = self.pins.pins.iter().flatten();
+        pins.try_for_each(|pin| visit.call(&pin.p))
+    }
+
+    /// Tells autograd what the last step has written, as torch does of all but the counts.
+    pub fn tell(&mut self, py: Python<'_>, torch: &Torch) -> PyResult<()> {
+        torch.increment_version(py, self.notes.held.drain(..))?;
+        self.pins.update(py, torch)
     }
 
     /// Updates the parameters of the pairs and their state, and counts the step; or does nothing at
@@ -412,13 +459,13 @@ impl Rows {
             threads = Threads::CALLER;
         }
         let run = move || work.run(&manner.clipping, threads, manner.gathered);
-        let mut counts = Vec::new();
+        let mut kept = Vec::new();
         let is_long = bytes >= DETACH_BYTES;
         if is_long {
             // SAFETY: valid references in `fill`, and no Python code has run since.
             unsafe {
-                hold(py, &notes.arrays, &mut notes.held);
-                hold(py, &notes.counts, &mut counts);
+                hold(py, &notes.arrays, &mut kept);
+                hold(py, &notes.counts, &mut kept);
             }
         }
         let verdict = if is_long { py.detach(run) } else { run() };
@@ -428,14 +475,12 @@ impl Rows {
                 // left alone.
                 unsafe { step.increment() };
             }
-            if !is_long {
-                // SAFETY: as above.
-                unsafe { hold(py, &notes.arrays, &mut notes.held) };
+            // SAFETY: valid references in `fill`; no Python code has run since, or they are held.
+            unsafe {
+                hold(py, &notes.told, &mut notes.held);
+                pins.hold_wanted(py);
             }
         }
-        // SAFETY: valid references in `fill`; no Python code has run since, or they are held.
-        unsafe { pins.update(torch) };
-        drop(counts);
         Ok(verdict)
     }
 
@@ -480,6 +525,7 @@ impl Notes {
         self.steps.clear();
         self.counts.clear();
         self.arrays.clear();
+        self.told.clear();
         // SAFETY: passed on to the caller.
         let mut entries = unsafe { Entries::new(source) };
         let mut unsure = Vec::new();
@@ -514,15 +560,26 @@ impl Notes {
                 // the contract above. Rows may share elements with each other, which is why they
                 // are updated one after the other unless `Batch::is_apart`.
                 unsafe { work.push(row.dtype, config, t, &mut hypers, piece, row.layout) };
-                if row.numel <= Pins::NUMEL {
-                    pins.want(pair.index, &entry);
-                }
                 self.steps.push(row.step);
                 self.counts.push(entry.step as usize);
-                for (object, data) in entry.arrays.into_iter().zip([v, m, b]) {
-                    if data != 0 {
-                        self.arrays.push(object as usize);
+                let [v, m, b] = std::array::from_fn(|k| match row.data[2 + k] {
+                    0 => 0,
+                    _ => entry.arrays[k] as usize,
+                });
+                let arrays = [v, m, b].into_iter().filter(|&object| object != 0);
+                self.arrays.extend(arrays.clone());
+                let state = [entry.step as usize, v, m, b];
+                let is_counted_as_one = match row.numel <= Pins::SMALL {
+                    true => pins.look_up(pair.index, &pair.p, p, state),
+                    false => Some(false),
+                };
+                match is_counted_as_one {
+                    Some(true) => self.told.push(v),
+                    Some(false) => {
+                        self.told.push(pair.p.as_ptr() as usize);
+                        self.told.extend(arrays);
                     }
+                    None => {} // When it is pinned, autograd is told too.
                 }
             }
         }
@@ -533,68 +590,117 @@ impl Notes {
     }
 }
 
-/// References to small tensors of state, from step to step.
+/// Small tensors from step to step, for which looking and telling autograd takes longer than the
+/// update. What a step reads, it still reads anew.
 ///
 /// A tensor that only Python refers to makes torch take the GIL and count its object's references
-/// each time that C++ looks at it: 340 instructions in torch 2.15, three times a parameter and step,
-/// a fifth of what a step of small tensors costs. With a reference of C++'s it does not. What a
-/// step reads, it still reads anew. Not for parameters: a hook of one may refer to the optimizer,
-/// and Python's garbage collector does not see through this reference. Not for large tensors, whose
+/// each time that C++ looks at it: 340 instructions in torch 2.15. With a reference of C++'s it does
+/// not. State has one here. Parameters do not: a hook of one may refer to the optimizer, and
+/// Python's garbage collector does not see through this reference. Nor do large tensors, whose
 /// memory somebody who deletes them wants at once.
+///
+/// State that shares its parameter's version counter (`missing_state` in `mixed.py` makes it so)
+/// spares telling autograd of the parameter. Whether it does is found out once, and holds as long as
+/// the same objects meet and the parameter's memory is where it was.
 #[derive(Default)]
-struct Pins {
+pub(crate) struct Pins {
     /// By the parameter's index.
-    pins: Vec<Pin>,
-    /// State that this step met and that is not pinned.
-    wanted: Vec<(usize, [usize; 4])>,
+    pins: Vec<Option<Pin>>,
+    /// What this step met that is not pinned.
+    wanted: Vec<Wanted>,
     /// To be dropped when Python code may run.
-    retired: Vec<Pin>,
+    retired: Vec<Option<Pin>>,
 }
 
-#[derive(Default)]
 struct Pin {
-    /// The addresses of step and arrays.
-    objects: [usize; 4],
+    p: Py<PyAny>,
+    /// Where its memory is.
+    data: usize,
+    /// The addresses of step, v, m and b, as far as they are used.
+    state: [usize; 4],
+    /// Telling autograd of v tells it of all.
+    is_counted_as_one: bool,
     _kept: Vec<Managed>,
+}
+
+struct Wanted {
+    index: usize,
+    /// The parameter's address.
+    p: usize,
+    data: usize,
+    state: [usize; 4],
+    /// Parameter, arrays and step, once Python code may run.
+    held: Vec<Py<PyAny>>,
 }
 
 impl Pins {
     /// Elements of a small tensor: with all of its kind 16 KiB each.
-    const NUMEL: usize = 4096;
+    pub const SMALL: usize = 4096;
 
+    /// Whether telling autograd of v tells it of all; None if that is still to be found out.
     #[inline]
-    fn want(&mut self, index: usize, entry: &Entry) {
-        let [v, m, b] = entry.arrays;
-        let objects = [entry.step, v, m, b].map(|object| object as usize);
-        if self
-            .pins
-            .get(index)
-            .is_none_or(|pin| pin.objects != objects)
-        {
-            self.wanted.push((index, objects));
+    fn look_up(
+        &mut self,
+        index: usize,
+        p: &Py<PyAny>,
+        data: usize,
+        state: [usize; 4],
+    ) -> Option<bool> {
+        match self.pins.get(index) {
+            Some(Some(pin)) if pin.p.is(p) && pin.data == data && pin.state == state => {
+                Some(pin.is_counted_as_one)
+            }
+            _ => {
+                self.want(index, p, data, state);
+                None
+            }
         }
     }
 
-    /// Pins what is wanted.
+    #[cold]
+    fn want(&mut self, index: usize, p: &Py<PyAny>, data: usize, state: [usize; 4]) {
+        self.wanted.push(Wanted {
+            index,
+            p: p.as_ptr() as usize,
+            data,
+            state,
+            held: Vec::new(),
+        });
+    }
+
+    /// Takes references to what is wanted.
     ///
     /// # Safety
-    /// It is alive, and the GIL is held.
-    #[inline]
-    unsafe fn update(&mut self, torch: &Torch) {
-        for (index, objects) in self.wanted.drain(..) {
-            let len = self.pins.len().max(index + 1);
-            self.pins.resize_with(len, Pin::default);
-            let tensors = objects.iter().filter(|&&object| object != 0);
-            // SAFETY: passed on to the caller. They are of torch's class: `Row::read` looked, or, of
-            // state that is not used, this does.
-            let kept = tensors.filter_map(|&object| unsafe { torch.keep(object as *mut _) });
-            let pin = Pin {
-                objects,
-                _kept: kept.collect(),
-            };
-            self.retired
-                .push(std::mem::replace(&mut self.pins[index], pin));
+    /// It is alive.
+    unsafe fn hold_wanted(&mut self, py: Python<'_>) {
+        for Wanted { p, state, held, .. } in &mut self.wanted {
+            let [step, v, m, b] = *state;
+            let used = [*p, v, m, b, step].into_iter();
+            let used: Vec<_> = used.filter(|&object| object != 0).collect();
+            // SAFETY: passed on to the caller.
+            unsafe { hold(py, &used, held) };
         }
+    }
+
+    /// Pins what is wanted and held, and tells autograd of it.
+    fn update(&mut self, py: Python<'_>, torch: &Torch) -> PyResult<()> {
+        for wanted in self.wanted.drain(..) {
+            let [written @ .., _step] = &wanted.held[..] else {
+                continue;
+            };
+            let state = wanted.held[1..].iter();
+            let pin = Pin {
+                p: written[0].clone_ref(py),
+                data: wanted.data,
+                state: wanted.state,
+                is_counted_as_one: torch.count_as_one(py, written)?,
+                _kept: state.filter_map(|x| torch.keep(x.bind(py))).collect(),
+            };
+            let len = self.pins.len().max(wanted.index + 1);
+            self.pins.resize_with(len, || None);
+            self.retired.push(self.pins[wanted.index].replace(pin));
+        }
+        Ok(())
     }
 }
 
@@ -753,22 +859,17 @@ impl Torch {
         layout(&views, data)
     }
 
-    /// A reference to a tensor of plain class.
-    ///
-    /// # Safety
-    /// `object` is a valid reference or null.
-    unsafe fn keep(&self, object: *mut ffi::PyObject) -> Option<Managed> {
-        // SAFETY: passed on to the caller; the table is this class's.
-        unsafe {
-            match self.is_plain_object(object) {
-                true => self.exchange.keep(object),
-                false => None,
-            }
+    /// C++'s own reference to a tensor, if it is one of plain class.
+    fn keep(&self, tensor: &Bound<'_, PyAny>) -> Option<Managed> {
+        if !self.is_plain(tensor) {
+            return None;
         }
+        // SAFETY: the table is this class's.
+        unsafe { self.exchange.keep(tensor.as_ptr()) }
     }
 
     /// # Safety
-    /// As [`Torch::keep`].
+    /// `object` is a valid reference or null.
     #[inline]
     unsafe fn is_plain_object(&self, object: *mut ffi::PyObject) -> bool {
         // SAFETY: the reference is valid if it is not null.
