@@ -152,10 +152,30 @@ fn rows_avx2<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,avx512f,avx512vl,avx512bw,avx512dq")]
 fn rows_avx512<'a, T: Real>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
-    if h.is_plain() {
-        update::rows::<T, T::Avx512>(all, &h.plain())
+    if h.centered || h.has_momentum() {
+        return update::rows::<T, T::One>(all, h);
+    }
+    // Constants let the compiler drop branches and multiplications.
+    let one = T::from_f64(1.0);
+    let h = Hyper {
+        centered: false,
+        momentum_rule: super::Momentum::Off,
+        ..*h
+    };
+    let uncorrected = Hyper {
+        correction: one,
+        ..h
+    };
+    let unscaled = Hyper {
+        grad_scale: one,
+        ..uncorrected
+    };
+    if h.correction != one {
+        update::rows::<T, T::Avx512>(all, &h);
+    } else if h.grad_scale != one {
+        update::rows::<T, T::Avx512>(all, &uncorrected);
     } else {
-        update::rows::<T, T::One>(all, h)
+        update::rows::<T, T::Avx512>(all, &unscaled);
     }
 }
 

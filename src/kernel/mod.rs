@@ -176,29 +176,6 @@ impl<T: Real> Hyper<T> {
         }
     }
 
-    /// Whether these ask for nothing but the plain rule and weight decay.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub fn is_plain(&self) -> bool {
-        let one = T::from_f64(1.0);
-        let is_scaled = self.grad_scale != one || self.correction != one;
-        !self.centered && !self.has_momentum() && !is_scaled
-    }
-
-    /// Those of the plain rule, in which the compiler sees the constants: it drops multiplications
-    /// by one.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub fn plain(&self) -> Self {
-        Hyper {
-            centered: false,
-            momentum_rule: Momentum::Off,
-            grad_scale: T::from_f64(1.0),
-            correction: T::from_f64(1.0),
-            ..*self
-        }
-    }
-
     /// The same in all lanes.
     #[inline(always)]
     pub fn splat<L: Lanes<T>>(&self) -> Hyper<L> {

@@ -21,8 +21,10 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
     v: &mut [T],
     m: &mut [T],
     b: &mut [T],
-    h: &Hyper<L>,
+    h: &Hyper<T>,
 ) {
+    // Here, and not once for all rows: LLVM would not see that a block's vectors are alike.
+    let h = h.splat::<L>();
     let n = p.len();
     let (g, v) = (&g[..n], &mut v[..n]);
     let m = if CENTERED { &mut m[..n] } else { m };
@@ -115,17 +117,16 @@ fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, cons
     all: impl Iterator<Item = Rows<'a, T>>,
     h: &Hyper<T>,
 ) {
-    let (h_block, h) = (h.splat::<L>(), h.splat::<T::One>());
     for rows in all {
         let rest = if L::COUNT > 1 && rows.p.len() >= L::FROM {
             let len = rows.p.len() / L::COUNT * L::COUNT;
             let (Rows { p, g, v, m, b }, rest) = rows.split_at(len);
-            sweep::<T, L, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, &h_block);
+            sweep::<T, L, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, h);
             rest
         } else {
             rows
         };
         let Rows { p, g, v, m, b } = rest;
-        sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, &h);
+        sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, h);
     }
 }
