@@ -138,6 +138,15 @@ impl Torch {
         tensors.iter().map(version).collect()
     }
 
+    /// Where torch keeps what it has of a tensor: Python's object, and those of C++ for it and for its
+    /// storage.
+    fn places(&self, tensor: &Bound<'_, PyAny>) -> PyResult<[usize; 3]> {
+        let storage = tensor.call_method0("untyped_storage")?;
+        let [tensor_impl, storage_impl] = [tensor, &storage].map(|x| x.getattr("_cdata"));
+        let object = tensor.as_ptr() as usize;
+        Ok([object, tensor_impl?.extract()?, storage_impl?.extract()?])
+    }
+
     /// torch's own number of threads.
     pub fn num_threads(&self, py: Python<'_>) -> PyResult<usize> {
         self.num_threads.bind(py).call0()?.extract()
@@ -531,7 +540,10 @@ impl Notes {
         let mut unsure = Vec::new();
         for GroupPairs { config, pairs } in groups {
             let mut hypers = [HyperCache::default(), HyperCache::default()];
-            for pair in pairs {
+            for (k, pair) in pairs.iter().enumerate() {
+                if let Some(later) = pairs.get(k + Pins::AHEAD) {
+                    pins.prefetch(later.index);
+                }
                 let entry = entries.next(&pair.p, config).ok_or(Unfit::Refused)?;
                 // SAFETY: pairs and entries are valid references; the rest is passed on to the
                 // caller.
@@ -620,6 +632,8 @@ struct Pin {
     state: [usize; 4],
     /// Telling autograd of v tells it of all.
     is_counted_as_one: bool,
+    /// [`Torch::places`] of the parameter, its state and its gradient as they were then.
+    places: [[usize; 3]; 6],
     _kept: Vec<Managed>,
 }
 
@@ -636,6 +650,23 @@ struct Wanted {
 impl Pins {
     /// Elements of a small tensor: with all of its kind 16 KiB each.
     pub const SMALL: usize = 4096;
+
+    /// How many tensors ahead of the one that is looked at.
+    const AHEAD: usize = 8;
+
+    /// Asks for the memory in which torch kept what it has of a parameter's tensors; it may be gone.
+    /// Of many tensors, that is more than the caches near the processor hold.
+    #[inline]
+    fn prefetch(&self, index: usize) {
+        const LINE: usize = 64;
+        let Some(Some(pin)) = self.pins.get(index) else {
+            return;
+        };
+        for [object, tensor_impl, storage_impl] in pin.places {
+            let lines = (0..4).map(|k| tensor_impl + k * LINE);
+            lines.chain([object, storage_impl]).for_each(prefetch);
+        }
+    }
 
     /// Whether telling autograd of v tells it of all; None if that is still to be found out.
     #[inline]
@@ -689,7 +720,14 @@ impl Pins {
                 continue;
             };
             let state = wanted.held[1..].iter();
+            let mut places = [[0; 3]; 6];
+            let met = wanted.held.iter().map(|tensor| tensor.bind(py).clone());
+            let met = met.chain(torch.grad(written[0].bind(py)));
+            for (place, tensor) in places.iter_mut().zip(met) {
+                *place = torch.places(&tensor).unwrap_or_default();
+            }
             let pin = Pin {
+                places,
                 p: written[0].clone_ref(py),
                 data: wanted.data,
                 state: wanted.state,
@@ -701,6 +739,18 @@ impl Pins {
             self.retired.push(self.pins[wanted.index].replace(pin));
         }
         Ok(())
+    }
+}
+
+/// Asks for a line of memory; any address will do.
+#[inline]
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
+fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing that a program could see, and never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address));
     }
 }
 
