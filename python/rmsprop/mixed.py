@@ -97,7 +97,7 @@ def _add(opt: RMSprop, part: Part, index: int, p: Tensor) -> None:
     if grad.is_sparse:
         raise RuntimeError("RMSprop does not support sparse gradients")
     known = {**opt.state.get(p, {}), **part.new.get(p, {})}
-    new = missing_state(p, known, part.group)
+    new = _missing_state(opt, p, known, part.group)
     if new:
         part.new[p] = {**part.new.get(p, {}), **new}
     part.items.append(Item(index, p, grad, {**known, **new}))
@@ -241,20 +241,14 @@ def _step_by_torch(group: Group, items: list[Item]) -> None:
     )
 
 
-def missing_state(p: Tensor, entry: Group, group: Group) -> Group:
+def _missing_state(opt: RMSprop, p: Tensor, entry: Group, group: Group) -> Group:
     """Creates the state that the options need and that is not there, at its start value."""
 
-    shares_version = not group["differentiable"] and _is_small(p)
+    is_small = not group["differentiable"] and _is_small(p)
 
     def like(value: float) -> Tensor:
         values = torch.full_like(p, value, memory_format=torch.preserve_format)
-        if not shares_version:
-            return values
-        # With the version counter of p: writes of the two are counted as one, which for a small
-        # tensor takes as long as the update. (`set_` would be counted as well.)
-        tensor = p.detach()
-        tensor.data = values
-        return tensor
+        return opt._stepper.tell_together(values) if is_small else values
 
     new: Group = {}
     count = entry.get("step", 0.0)

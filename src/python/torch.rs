@@ -70,7 +70,6 @@ impl Stepper {
         let Some(contents) = self.0.try_take() else {
             return Ok(());
         };
-        contents.rows.traverse(&visit)?;
         contents.groups.iter().try_for_each(|group| {
             group.snapshot.traverse(&visit)?;
             visit.call(&group.params)
@@ -78,12 +77,12 @@ impl Stepper {
     }
 
     fn __clear__(&self) {
-        let held = self.0.try_take().map(|mut contents| {
-            let groups = std::mem::take(&mut contents.groups);
-            (groups, contents.rows.take_pins())
-        });
+        let groups = self
+            .0
+            .try_take()
+            .map(|mut contents| std::mem::take(&mut contents.groups));
         // Dropping may run Python code, which may come back here.
-        drop(held);
+        drop(groups);
     }
 
     /// The most elements of a tensor that is kept in mind from step to step.
@@ -169,6 +168,14 @@ impl Stepper {
         let torch = Torch::get(group.py())?;
         let takes = rows.iter().map(|row| takes(torch, &config, row));
         takes.collect()
+    }
+
+    /// A tensor with the elements of `values`, for state of a small tensor: autograd is told of all such
+    /// state together, which for each tensor takes as long as its update.
+    fn tell_together<'py>(&self, values: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = values.py();
+        let torch = Torch::get(py)?;
+        self.0.wait(py)?.rows.tell_together(torch, values)
     }
 
     /// A parameter's name in a message: "parameter 3 ('fc.weight')".

@@ -8,7 +8,7 @@
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
-use pyo3::{PyTraverseError, PyVisit, ffi, intern};
+use pyo3::{ffi, intern};
 use std::collections::HashMap;
 use std::ffi::CStr;
 
@@ -100,42 +100,21 @@ impl Torch {
     }
 
     /// Tells autograd that tensors were written in place.
-    fn increment_version<'py, T: IntoPyObject<'py>>(
+    fn increment_version(
         &self,
-        py: Python<'py>,
-        tensors: impl ExactSizeIterator<Item = T>,
+        py: Python<'_>,
+        tensors: impl ExactSizeIterator<Item = Py<PyAny>>,
     ) -> PyResult<()> {
         let tensors = PyList::new(py, tensors)?;
         self.increment_version.bind(py).call1((tensors,))?;
         Ok(())
     }
 
-    /// Tells autograd that a parameter and its state, `square_avg` first, were written. Whether
-    /// telling it of `square_avg` told it of all.
-    fn count_as_one(&self, py: Python<'_>, written: &[Py<PyAny>]) -> PyResult<bool> {
-        let Ok(before) = self.versions(py, written) else {
-            self.increment_version(py, written.iter())?;
-            return Ok(false);
-        };
-        self.increment_version(py, written[1..2].iter())?;
-        let after = self.versions(py, written)?;
-        let versions = before.iter().zip(&after);
-        let untold = written.iter().zip(versions);
-        let untold: Vec<_> = untold
-            .filter(|(_, (before, after))| before == after)
-            .collect();
-        self.increment_version(py, untold.iter().map(|(tensor, _)| *tensor))?;
-        Ok(untold.is_empty())
-    }
-
-    /// How often tensors were written in place; an error for inference tensors, of which torch does
-    /// not count it.
-    fn versions(&self, py: Python<'_>, tensors: &[Py<PyAny>]) -> PyResult<Vec<i64>> {
-        let version = |tensor: &Py<PyAny>| {
-            let version = tensor.bind(py).getattr(intern!(py, "_version"))?;
-            version.extract()
-        };
-        tensors.iter().map(version).collect()
+    /// How often a tensor was written in place; None for an inference tensor, of which torch does not
+    /// count it.
+    fn version(&self, tensor: &Bound<'_, PyAny>) -> Option<i64> {
+        let version = tensor.getattr(intern!(tensor.py(), "_version")).ok()?;
+        version.extract().ok()
     }
 
     /// Where torch keeps what it has of a tensor: Python's object, and those of C++ for it and for its
@@ -355,8 +334,10 @@ struct Notes {
     counts: Vec<usize>,
     /// Those of the state that is written.
     arrays: Vec<usize>,
-    /// Those of what autograd is told of.
+    /// Those of what autograd is told of one by one.
     told: Vec<usize>,
+    /// There is state of which it is told together.
+    is_told_together: bool,
     held: Vec<Py<PyAny>>,
 }
 
@@ -419,21 +400,29 @@ impl Rows {
         self.pins.retired.append(&mut self.pins.pins);
     }
 
-    /// Gives away what is kept from step to step, to be dropped.
-    pub fn take_pins(&mut self) -> impl Sized + use<> {
-        std::mem::take(&mut self.pins)
-    }
-
-    /// For the garbage collector.
-    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let mut pins = self.pins.pins.iter().flatten();
-        pins.try_for_each(|pin| visit.call(&pin.p))
-    }
-
     /// Tells autograd what the last step has written, as torch does of all but the counts.
     pub fn tell(&mut self, py: Python<'_>, torch: &Torch) -> PyResult<()> {
-        torch.increment_version(py, self.notes.held.drain(..))?;
-        self.pins.update(py, torch)
+        let Rows { notes, pins, .. } = self;
+        if notes.is_told_together {
+            notes.held.push(pins.together(torch, py)?.clone_ref(py));
+        }
+        let wanted = pins.wanted.iter();
+        let before: Vec<Vec<_>> = wanted.map(|wanted| wanted.versions(torch, py)).collect();
+        torch.increment_version(py, notes.held.drain(..))?;
+        pins.update(py, torch, &before)
+    }
+
+    /// A tensor with the elements of another one, for state: autograd is told of all of them together.
+    pub fn tell_together<'py>(
+        &mut self,
+        torch: &Torch,
+        values: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = values.py();
+        let together = self.pins.together(torch, py)?.bind(py);
+        let tensor = together.call_method0("detach")?;
+        tensor.setattr("data", values)?;
+        Ok(tensor)
     }
 
     /// Updates the parameters of the pairs and their state, and counts the step; or does nothing at
@@ -535,6 +524,7 @@ impl Notes {
         self.counts.clear();
         self.arrays.clear();
         self.told.clear();
+        self.is_told_together = false;
         // SAFETY: passed on to the caller.
         let mut entries = unsafe { Entries::new(source) };
         let mut unsure = Vec::new();
@@ -581,17 +571,15 @@ impl Notes {
                 let arrays = [v, m, b].into_iter().filter(|&object| object != 0);
                 self.arrays.extend(arrays.clone());
                 let state = [entry.step as usize, v, m, b];
-                let is_counted_as_one = match row.numel <= Pins::SMALL {
-                    true => pins.look_up(pair.index, &pair.p, p, state),
+                self.told.push(pair.p.as_ptr() as usize);
+                let is_told_together = match row.numel <= Pins::SMALL {
+                    true => pins.look_up(pair, state),
                     false => Some(false),
                 };
-                match is_counted_as_one {
-                    Some(true) => self.told.push(v),
-                    Some(false) => {
-                        self.told.push(pair.p.as_ptr() as usize);
-                        self.told.extend(arrays);
-                    }
-                    None => {} // When it is pinned, autograd is told too.
+                match is_told_together {
+                    Some(false) => self.told.extend(arrays),
+                    // Unless it is, it is told of when it is pinned.
+                    Some(true) | None => self.is_told_together = true,
                 }
             }
         }
@@ -611,9 +599,10 @@ impl Notes {
 /// Python's garbage collector does not see through this reference. Nor do large tensors, whose
 /// memory somebody who deletes them wants at once.
 ///
-/// State that shares its parameter's version counter (`missing_state` in `mixed.py` makes it so)
-/// spares telling autograd of the parameter. Whether it does is found out once, and holds as long as
-/// the same objects meet and the parameter's memory is where it was.
+/// State that [`Rows::tell_together`] made shares one version counter, so that autograd is told of all
+/// of it by one tensor; whether some does is found out when it is pinned. (Sharing that of the parameter
+/// saved as much again. But whoever writes state between a forward and its backward, to reset it
+/// for example, must not spoil the backward.)
 #[derive(Default)]
 pub(crate) struct Pins {
     /// By the parameter's index.
@@ -622,29 +611,39 @@ pub(crate) struct Pins {
     wanted: Vec<Wanted>,
     /// To be dropped when Python code may run.
     retired: Vec<Option<Pin>>,
+    /// A tensor of nothing, by which autograd is told of all state that shares its version counter.
+    together: Option<Py<PyAny>>,
 }
 
 struct Pin {
-    p: Py<PyAny>,
-    /// Where its memory is.
-    data: usize,
     /// The addresses of step, v, m and b, as far as they are used.
     state: [usize; 4],
-    /// Telling autograd of v tells it of all.
-    is_counted_as_one: bool,
-    /// [`Torch::places`] of the parameter, its state and its gradient as they were then.
+    /// Autograd is told of v, m and b together with others.
+    is_told_together: bool,
+    /// [`Torch::places`] of the parameter, its gradient and its state as they were then.
     places: [[usize; 3]; 6],
     _kept: Vec<Managed>,
 }
 
 struct Wanted {
     index: usize,
-    /// The parameter's address.
-    p: usize,
-    data: usize,
     state: [usize; 4],
-    /// Parameter, arrays and step, once Python code may run.
+    /// The addresses of the parameter and the gradient.
+    pair: [usize; 2],
+    /// Parameter, gradient, step and arrays, once Python code may run.
     held: Vec<Py<PyAny>>,
+}
+
+impl Wanted {
+    /// What autograd is to be told of, once it is held.
+    fn arrays(&self) -> impl Iterator<Item = &Py<PyAny>> {
+        self.held.iter().skip(3)
+    }
+
+    fn versions(&self, torch: &Torch, py: Python<'_>) -> Vec<Option<i64>> {
+        let arrays = self.arrays();
+        arrays.map(|array| torch.version(array.bind(py))).collect()
+    }
 }
 
 impl Pins {
@@ -668,35 +667,21 @@ impl Pins {
         }
     }
 
-    /// Whether telling autograd of v tells it of all; None if that is still to be found out.
+    /// Whether autograd is told of state together with others; None if that is still to be found out.
     #[inline]
-    fn look_up(
-        &mut self,
-        index: usize,
-        p: &Py<PyAny>,
-        data: usize,
-        state: [usize; 4],
-    ) -> Option<bool> {
-        match self.pins.get(index) {
-            Some(Some(pin)) if pin.p.is(p) && pin.data == data && pin.state == state => {
-                Some(pin.is_counted_as_one)
-            }
+    fn look_up(&mut self, pair: &Pair, state: [usize; 4]) -> Option<bool> {
+        match self.pins.get(pair.index) {
+            Some(Some(pin)) if pin.state == state => Some(pin.is_told_together),
             _ => {
-                self.want(index, p, data, state);
+                self.wanted.push(Wanted {
+                    index: pair.index,
+                    state,
+                    pair: [&pair.p, &pair.g].map(|tensor| tensor.as_ptr() as usize),
+                    held: Vec::new(),
+                });
                 None
             }
         }
-    }
-
-    #[cold]
-    fn want(&mut self, index: usize, p: &Py<PyAny>, data: usize, state: [usize; 4]) {
-        self.wanted.push(Wanted {
-            index,
-            p: p.as_ptr() as usize,
-            data,
-            state,
-            held: Vec::new(),
-        });
     }
 
     /// Takes references to what is wanted.
@@ -704,41 +689,54 @@ impl Pins {
     /// # Safety
     /// It is alive.
     unsafe fn hold_wanted(&mut self, py: Python<'_>) {
-        for Wanted { p, state, held, .. } in &mut self.wanted {
-            let [step, v, m, b] = *state;
-            let used = [*p, v, m, b, step].into_iter();
+        for wanted in &mut self.wanted {
+            let used = wanted.pair.into_iter().chain(wanted.state);
             let used: Vec<_> = used.filter(|&object| object != 0).collect();
             // SAFETY: passed on to the caller.
-            unsafe { hold(py, &used, held) };
+            unsafe { hold(py, &used, &mut wanted.held) };
         }
     }
 
-    /// Pins what is wanted and held, and tells autograd of it.
-    fn update(&mut self, py: Python<'_>, torch: &Torch) -> PyResult<()> {
-        for wanted in self.wanted.drain(..) {
-            let [written @ .., _step] = &wanted.held[..] else {
-                continue;
-            };
-            let state = wanted.held[1..].iter();
-            let mut places = [[0; 3]; 6];
-            let met = wanted.held.iter().map(|tensor| tensor.bind(py).clone());
-            let met = met.chain(torch.grad(written[0].bind(py)));
-            for (place, tensor) in places.iter_mut().zip(met) {
-                *place = torch.places(&tensor).unwrap_or_default();
-            }
-            let pin = Pin {
-                places,
-                p: written[0].clone_ref(py),
-                data: wanted.data,
+    /// Pins what is wanted and held, whose versions were these before autograd was told, and tells it
+    /// of what it was not told together.
+    fn update(
+        &mut self,
+        py: Python<'_>,
+        torch: &Torch,
+        before: &[Vec<Option<i64>>],
+    ) -> PyResult<()> {
+        for (wanted, before) in self.wanted.drain(..).zip(before) {
+            let now = wanted.versions(torch, py);
+            let was_told: Vec<bool> = now
+                .iter()
+                .zip(before)
+                .map(|(now, then)| now > then)
+                .collect();
+            let untold = wanted.arrays().zip(&was_told).filter(|(_, told)| !**told);
+            let untold: Vec<_> = untold.map(|(array, _)| array.clone_ref(py)).collect();
+            torch.increment_version(py, untold.into_iter())?;
+            let state = wanted.held.iter().skip(2);
+            let mut pin = Pin {
                 state: wanted.state,
-                is_counted_as_one: torch.count_as_one(py, written)?,
+                is_told_together: !was_told.contains(&false),
+                places: [[0; 3]; 6],
                 _kept: state.filter_map(|x| torch.keep(x.bind(py))).collect(),
             };
+            for (place, tensor) in pin.places.iter_mut().zip(&wanted.held) {
+                *place = torch.places(tensor.bind(py)).unwrap_or_default();
+            }
             let len = self.pins.len().max(wanted.index + 1);
             self.pins.resize_with(len, || None);
             self.retired.push(self.pins[wanted.index].replace(pin));
         }
         Ok(())
+    }
+
+    fn together(&mut self, torch: &Torch, py: Python<'_>) -> PyResult<&Py<PyAny>> {
+        if self.together.is_none() {
+            self.together = Some(torch.tensor.bind(py).call0()?.unbind());
+        }
+        Ok(self.together.as_ref().expect("made above"))
     }
 }
 
