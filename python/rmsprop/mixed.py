@@ -243,12 +243,12 @@ def _step_by_torch(group: Group, items: list[Item]) -> None:
 
 def _missing_state(opt: RMSprop, p: Tensor, entry: Group, group: Group) -> Group:
     """Creates the state that the options need and that is not there, at its start value."""
-
-    is_small = not group["differentiable"] and _is_small(p)
+    # A differentiable step needs to know what it wrote of each.
+    is_told_together = _is_small(p) and not group["differentiable"]
 
     def like(value: float) -> Tensor:
         values = torch.full_like(p, value, memory_format=torch.preserve_format)
-        return opt._stepper.tell_together(values) if is_small else values
+        return opt._stepper.tell_together(values) if is_told_together else values
 
     new: Group = {}
     count = entry.get("step", 0.0)

@@ -622,7 +622,8 @@ struct Pin {
     is_told_together: bool,
     /// [`Torch::places`] of the parameter, its gradient and its state as they were then.
     places: [[usize; 3]; 6],
-    _kept: Vec<Managed>,
+    /// Nothing else gets their addresses, and C++ has references of its own.
+    _kept: Vec<(Py<PyAny>, Option<Managed>)>,
 }
 
 struct Wanted {
@@ -715,12 +716,13 @@ impl Pins {
             let untold = wanted.arrays().zip(&was_told).filter(|(_, told)| !**told);
             let untold: Vec<_> = untold.map(|(array, _)| array.clone_ref(py)).collect();
             torch.increment_version(py, untold.into_iter())?;
-            let state = wanted.held.iter().skip(2);
+            let state = wanted.held[2..].iter();
+            let kept = state.map(|tensor| (tensor.clone_ref(py), torch.keep(tensor.bind(py))));
             let mut pin = Pin {
                 state: wanted.state,
                 is_told_together: !was_told.contains(&false),
                 places: [[0; 3]; 6],
-                _kept: state.filter_map(|x| torch.keep(x.bind(py))).collect(),
+                _kept: kept.collect(),
             };
             for (place, tensor) in pin.places.iter_mut().zip(&wanted.held) {
                 *place = torch.places(tensor.bind(py)).unwrap_or_default();
