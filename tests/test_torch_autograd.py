@@ -48,7 +48,7 @@ def test_versions_of_parameters_rise_and_of_gradients_do_not(form):
 
 
 def copied(opt):
-    """State that is another optimizer's now."""
+    """State that a checkpoint brought."""
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
 
 
