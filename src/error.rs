@@ -75,8 +75,10 @@ pub enum Error {
         found: String,
     },
     /// The instruction set is unknown or this processor does not have it.
-    #[error("RMSPROP_ISA: expected one of {available}, got '{found}'")]
+    #[error("{name}: expected one of {available}, got '{found}'")]
     Isa {
+        /// "instruction set", or "RMSPROP_ISA".
+        name: &'static str,
         /// The name asked for.
         found: String,
         /// The names that work here.

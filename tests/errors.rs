@@ -105,6 +105,22 @@ fn options_out_of_range_are_refused_by_name() {
 }
 
 #[test]
+fn an_instruction_set_that_is_not_there_is_named_and_no_variable_is() {
+    let absent = [Isa::Avx2, Isa::Avx512]
+        .into_iter()
+        .filter(|isa| !isa.is_available())
+        .map(|isa| (isa.name(), optimizer().with_isa(isa).unwrap_err()));
+    for (name, error) in absent.chain([("mmx", Isa::named("mmx").unwrap_err())]) {
+        let text = error.to_string();
+        assert!(text.contains(&format!("'{name}'")), "{text}");
+        assert!(
+            text.contains("scalar") && !text.contains("RMSPROP_ISA"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
 fn shapes_that_do_not_match_change_nothing() {
     let (mut a, mut b) = ([1.0f32; 2], [1.0f32; 3]);
     let mut opt = optimizer();

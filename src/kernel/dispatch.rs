@@ -75,6 +75,7 @@ impl Isa {
         Isa::available()
             .find(|isa| isa.name() == name)
             .ok_or_else(|| Error::Isa {
+                name: "instruction set",
                 found: name.to_owned(),
                 available: Isa::available()
                     .map(Isa::name)
@@ -102,7 +103,16 @@ pub fn isa() -> Result<Isa, Error> {
     static ISA: OnceLock<Result<Isa, Error>> = OnceLock::new();
     ISA.get_or_init(
         || match std::env::var_os("RMSPROP_ISA").filter(|name| !name.is_empty()) {
-            Some(name) => Isa::named(&name.to_string_lossy()),
+            Some(name) => Isa::named(&name.to_string_lossy()).map_err(|error| match error {
+                Error::Isa {
+                    found, available, ..
+                } => Error::Isa {
+                    name: "RMSPROP_ISA",
+                    found,
+                    available,
+                },
+                other => other,
+            }),
             None => Ok(Isa::available().next_back().unwrap_or(Isa::Scalar)),
         },
     )
@@ -267,7 +277,8 @@ impl FloatMode {
         // without an assumption about rounding: no constant is folded in them and no operation
         // reordered.
         unsafe {
-            std::arch::asm!("ldmxcsr [{}]", in(reg) &self.0, options(nostack, preserves_flags))
+            // Not `preserves_flags`: it clears the sticky ones.
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &self.0, options(nostack))
         };
     }
 }
