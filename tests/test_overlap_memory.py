@@ -8,6 +8,7 @@ import pytest
 
 PEAK = """
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from rmsprop import Parameter, RMSprop
 
 NUMEL = 5_000_000
@@ -36,6 +37,18 @@ before = peak()
 for _ in range(2):
     third.data = third.data.copy()
     opt.step(grads=grads)
+print(peak() - before)
+""",
+    "two rows in each other": """
+rows = as_strided(memory, (NUMEL - 2, 2), (8, 12))
+before = peak()
+opt = RMSprop([rows])
+print(peak() - before)
+""",
+    "many rows in each other": """
+rows = as_strided(memory, (2000, 3, 1500), (12 * 1500, 4 * 1501, 12))
+before = peak()
+opt = RMSprop([rows])
 print(peak() - before)
 """,
     "gradient between the elements": """

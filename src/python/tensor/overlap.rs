@@ -63,6 +63,27 @@ fn greatest_common_divisor(mut a: usize, mut b: usize) -> usize {
     a
 }
 
+/// Whether two different stretches of this length overlap: those whose indices in the dimensions
+/// (length, stride) differ by something by which they begin less than a length apart. The larger
+/// strides come first: what they leave must be within the reach of the rest, which as a rule says at
+/// once how they may differ. Of two stretches that differ the other way around only one is looked at.
+fn do_stretches_meet(length: i128, dims: &[(usize, isize)], apart: i128, do_differ: bool) -> bool {
+    let Some((&(len, stride), rest)) = dims.split_first() else {
+        return do_differ && apart.abs() < length;
+    };
+    let most = |&(len, stride): &(usize, isize)| (len as i128 - 1) * stride.unsigned_abs() as i128;
+    let reach = rest.iter().map(most).sum::<i128>() + length - 1;
+    let (stride, last) = (stride.unsigned_abs() as i128, len as i128 - 1);
+    // The sign of a stride makes no difference, for indices differ in both directions.
+    let least = if do_differ { -last } else { 0 };
+    let low = (-reach - apart + stride - 1).div_euclid(stride).max(least);
+    let high = (reach - apart).div_euclid(stride).min(last);
+    (low..=high).any(|by| {
+        let apart = apart + by * stride;
+        do_stretches_meet(length, rest, apart, do_differ || by != 0)
+    })
+}
+
 /// Not enough memory to tell.
 #[derive(Debug)]
 pub(crate) struct OutOfMemory;
@@ -172,10 +193,9 @@ impl Extent<'_> {
         if is_nested {
             return Ok(false);
         }
-        let mut runs = Vec::new();
-        self.runs(&mut runs)?;
-        runs.sort_unstable();
-        Ok(runs.windows(2).any(|pair| pair[1].0 < pair[0].1))
+        let (length, mut dims) = self.stretches();
+        dims.sort_by_key(|&(_, stride)| std::cmp::Reverse(stride.unsigned_abs()));
+        Ok(do_stretches_meet(length as i128, &dims, 0, false))
     }
 
     /// Whether it shares an element with another.
