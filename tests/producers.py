@@ -66,6 +66,7 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 class Handmade:
     """A versioned capsule over an array's memory that says whatever it is told to say.
 
+    `ndim` is a number of dimensions that need not be true, `more_dims` so many more of length 1 that are there.
     `handed_out` counts the capsules, `given_back` the calls of their deleter.
     """
 
@@ -82,18 +83,21 @@ class Handmade:
         has_data=True,
         has_strides=True,
         byte_offset=0,
+        ndim=None,
+        more_dims=0,
     ):
         self.array, self.device = array, device
         self.handed_out = self.given_back = 0
-        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-        strides = (ctypes.c_int64 * array.ndim)(
-            *(stride // array.itemsize for stride in array.strides)
+        lengths = ctypes.c_int64 * (array.ndim + more_dims)
+        shape = lengths(*array.shape, *[1] * more_dims)
+        strides = lengths(
+            *(stride // array.itemsize for stride in array.strides), *[1] * more_dims
         )
         tensor = _Tensor(
             data=array.ctypes.data - byte_offset if has_data else None,
             device_type=device[0],
             device_id=device[1],
-            ndim=array.ndim,
+            ndim=array.ndim + more_dims if ndim is None else ndim,
             code=code,
             bits=item_bits or 8 * array.itemsize,
             lanes=lanes,

@@ -291,6 +291,24 @@ PARAMETERS = [
         lambda a, b: [a, Handmade(b, major=2)],
     ),
     Row(
+        "more dimensions than NumPy has",
+        ValueError,
+        r"parameter 1.*64 dimensions.*65",
+        lambda a, b: [a, Handmade(b, more_dims=64)],
+    ),
+    Row(
+        "masked array",
+        TypeError,
+        r"parameter 1.*mask",
+        lambda a, b: [a, np.ma.array(b, mask=[0, 1, 0, 0, 0])],
+    ),
+    Row(
+        "masked array without a mask",
+        TypeError,
+        r"parameter 1.*mask",
+        lambda a, b: [a, np.ma.array(b)],
+    ),
+    Row(
         "unaligned",
         ValueError,
         r"parameter 1.*align",
@@ -552,6 +570,24 @@ GRADIENTS = [
         lambda world: world.grads[1].astype(">f4"),
     ),
     Row(
+        "more dimensions than NumPy has",
+        ValueError,
+        r"gradient 1 \('fc.bias'\).*64 dimensions.*65",
+        lambda world: Handmade(world.grads[1], more_dims=64),
+    ),
+    Row(
+        "masked array",
+        TypeError,
+        r"gradient 1 \('fc.bias'\).*mask",
+        lambda world: np.ma.array(world.grads[1], mask=[0, 1, 0, 0, 0]),
+    ),
+    Row(
+        "masked array without a mask",
+        TypeError,
+        r"gradient 1 \('fc.bias'\).*mask",
+        lambda world: np.ma.array(world.grads[1]),
+    ),
+    Row(
         "string",
         TypeError,
         r"gradient 1 \('fc.bias'\).*got.*str",
@@ -775,6 +811,35 @@ refuses([good, tensor], [good.copy()] * 2, free=lambda: tensor.untyped_storage()
 def test_freed_tensors_do_not_crash(run_python):
     """A gradient, and a parameter that lost its memory between two steps."""
     run_python(FREED_LATER)
+
+
+IMPOSSIBLE = """
+import numpy as np
+from producers import Handmade
+from rmsprop import RMSprop
+
+def refuses(action):
+    try:
+        action()
+    except ValueError as error:
+        assert "dimensions" in str(error), error
+    else:
+        raise AssertionError
+
+for ndim in (65, 1000, 100_000, 2**31 - 1, -1):
+    array = np.ones((2, 3, 1, 1), np.float32)
+    made = Handmade(array, ndim=ndim)
+    refuses(lambda: RMSprop([made]))
+    opt = RMSprop([array])
+    refuses(lambda: opt.step(grads=[made]))
+    assert (array == 1).all() and opt.state[0]["step"] == 0
+    assert made.handed_out == made.given_back > 0
+"""
+
+
+def test_more_dimensions_than_there_can_be_do_not_crash(run_python):
+    """The lengths are not even read: there are fewer of them."""
+    run_python(IMPOSSIBLE)
 
 
 def test_gradients_by_name_need_names():

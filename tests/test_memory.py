@@ -3,6 +3,7 @@
 The resident size is measured in interpreters of their own, where nothing else comes and goes.
 """
 
+import contextlib
 import gc
 import sys
 import tracemalloc
@@ -225,6 +226,54 @@ def test_capsules_are_given_back_once():
 
 class Subclass(np.ndarray):
     """An array that can be referred to weakly, and can refer to others."""
+
+
+def of_new_class(kind):
+    """An object of a class that nobody else has."""
+
+    class Plain:
+        """No array at all."""
+
+    class Shown(Versioned):
+        """An array behind capsules."""
+
+    class Claiming(Versioned):
+        """Says of the exchange API that it has it, which is not so."""
+
+        __dlpack_c_exchange_api__ = torch.Tensor.__dlpack_c_exchange_api__
+
+    class Tensor(torch.Tensor):
+        """Has inherited it."""
+
+    match kind:
+        case "tensor":
+            return torch.ones(3).as_subclass(Tensor)
+        case "plain":
+            return Plain()
+        case "capsule":
+            return Shown(np.ones(3, np.float32))
+        case "exchange API":
+            return Claiming(np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("role", ["parameter", "gradient", "state"])
+@pytest.mark.parametrize("kind", ["plain", "capsule", "exchange API", "tensor"])
+def test_classes_of_arrays_are_let_go(kind, role):
+    """Whether they were taken or refused."""
+    opt = RMSprop([np.ones(3, np.float32)])
+    given = of_new_class(kind)
+    uses = {
+        "parameter": lambda: RMSprop([given]),
+        "gradient": lambda: opt.step(grads=[given]),
+        "state": lambda: opt.state[0].update(square_avg=given),
+    }
+    for _ in range(2):
+        with contextlib.suppress(TypeError, ValueError):
+            uses[role]()
+    remaining = weakref.ref(type(given))
+    given = None
+    gc.collect()
+    assert remaining() is None
 
 
 @pytest.mark.parametrize("step_first", [False, True])

@@ -96,3 +96,23 @@ def test_kinds_of_destinations(wrap):
     with pytest.raises(ValueError, match="parameter 1 overlaps parameter 0"):
         RMSprop([wrap(memory[:5]), wrap(memory[4:])])
     RMSprop([wrap(memory[:4]), wrap(memory[4:])])
+
+
+KINDS = [np.asarray, Versioned, Parameter, memoryview, torch.from_numpy]
+
+
+@pytest.mark.parametrize("wrap_new", KINDS)
+@pytest.mark.parametrize("wrap_old", KINDS)
+def test_added_destinations(wrap_old, wrap_new):
+    """Also after steps; the optimizer goes on without what was refused."""
+    memory = np.ones(12, np.float32)
+    opt = RMSprop([wrap_old(memory[:5])], lr=0.5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="parameter 1 overlaps parameter 0"):
+            opt.add_param_group({"params": [wrap_new(memory[4:])]})
+        opt.step(grads=[np.ones(5, np.float32)])
+    assert opt.state[0]["step"] == 2
+    assert (memory[5:] == 1).all()
+    opt.add_param_group({"params": [wrap_new(memory[5:])]})
+    opt.step(grads=[None, np.ones(7, np.float32)])
+    assert (memory != 1).all()

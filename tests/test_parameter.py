@@ -35,6 +35,18 @@ def test_attributes(array):
     assert param.grad is None
 
 
+@pytest.mark.parametrize("mask", [np.ma.nomask, [[0, 1, 0]] * 3], ids=["none", "some"])
+def test_masked_arrays_are_refused(array, mask):
+    """No step would heed the mask."""
+    masked = np.ma.array(array, mask=mask)
+    with pytest.raises(TypeError, match="mask"):
+        Parameter(masked)
+    param = Parameter(array)
+    with pytest.raises(TypeError, match="mask"):
+        param.data = masked
+    assert param.data is array
+
+
 @pytest.mark.parametrize(
     "view",
     [

@@ -6,9 +6,11 @@ runs in an interpreter of its own.
 
 import numpy as np
 import pytest
+import torch
 from problems import NAMES, bits, random_arrays, random_parameters, snapshot, train
 from producers import Versioned
 from rmsprop import Parameter, RMSprop
+from torch.overrides import TorchFunctionMode
 
 
 class Weights(np.ndarray):
@@ -105,6 +107,44 @@ def test_a_parameter_that_a_later_gradient_moves(contiguous):
     opt.step()
     assert bits(old) == before[0]
     assert (params[0].data != 0).all()
+
+
+class Moving(TorchFunctionMode):
+    """Gives a tensor other memory as soon as torch is asked for anything."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.tensor, self.has_moved = tensor, False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if not self.has_moved:
+            self.has_moved = True
+            self.tensor.data = torch.full_like(self.tensor, 2)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_parameter_that_moves_while_another_one_cannot_be_read(index):
+    """Memory that it has left is not written, whatever is asked of the other one, which has no gradient."""
+    tensors = [torch.ones(8), torch.ones(8)]
+    moving, lost = tensors[index], tensors[1 - index]
+    opt = RMSprop(tensors, lr=0.5)
+    grads = [np.ones(8, np.float32)] * 2
+    opt.step(grads=grads)
+    torch.utils.swap_tensors(lost, torch.empty(8, device="meta"))
+    old = moving.detach()
+    before = old.clone()
+    grads[1 - index] = None
+    with Moving(moving) as mode:
+        try:
+            opt.step(grads=grads)
+        except (RuntimeError, TypeError, ValueError):
+            assert torch.equal(old, before)
+            assert opt.state[index]["step"] == 1
+            return
+    assert opt.state[index]["step"] == 2
+    assert torch.equal(old, before) == mode.has_moved
+    assert (moving != (2 if mode.has_moved else before)).all()
 
 
 # --- calls from inside a step -----------------------------------------------------------------

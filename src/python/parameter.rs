@@ -10,7 +10,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::tensor::Tensor;
+use super::tensor::{Tensor, check_mask};
 
 /// The Rust part of `rmsprop.Parameter`, which documents it.
 #[pyclass(subclass, frozen, weakref, module = "rmsprop._core")]
@@ -138,7 +138,9 @@ fn as_float_array<'py>(data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntype
             array.cast_into::<PyUntypedArray>()?
         }
     };
-    Tensor::of_array(&array).map_err(|refusal| refusal.at("data of a Parameter"))?;
+    check_mask(&array)
+        .and_then(|()| Tensor::of_array(&array))
+        .map_err(|refusal| refusal.at("data of a Parameter"))?;
     Ok(array)
 }
 

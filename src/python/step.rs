@@ -601,8 +601,19 @@ impl Inner {
             )?;
             self.groups.push(group);
         }
-        // The others may have moved since they were last looked at.
-        for param in &mut self.params[..old] {
+        // The others may have moved since they were last looked at. Capsules first: making one runs
+        // Python code.
+        let mut keep = Vec::new();
+        for param in self.params[..old]
+            .iter_mut()
+            .filter(|param| param.is_capsule())
+        {
+            param.follow_capsule(py, &mut keep);
+        }
+        for param in self.params[..old]
+            .iter_mut()
+            .filter(|param| !param.is_capsule())
+        {
             param.follow(py);
         }
         self.guard.forget();

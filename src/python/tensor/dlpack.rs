@@ -4,13 +4,13 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{
     PyAttributeError, PyBufferError, PyRuntimeError, PyTypeError, PyValueError,
 };
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType};
+use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{ffi, intern};
 
 use super::{Access, DType, Refusal, Tensor};
@@ -91,6 +91,9 @@ const READ_ONLY: u64 = 1;
 const IS_COPIED: u64 = 2;
 const MAJOR: u32 = 1;
 
+/// As many as NumPy and torch have.
+const MOST_DIMENSIONS: usize = 64;
+
 #[repr(C)]
 struct Header {
     version: Version,
@@ -130,16 +133,27 @@ impl Exchange {
     /// own storage), so the class that defines it must be the object's own; `torch.nn.Parameter` is
     /// the one subclass known to be a plain tensor.
     pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
-        /// What was found out, by type; few types are ever seen. The lock is taken with the GIL
+        /// The types that have one, as far as they are still there. The lock is taken with the GIL
         /// held and nothing that might give the GIL away is done under it.
-        static KNOWN: Mutex<Vec<(Py<PyType>, Option<Exchange>)>> = Mutex::new(Vec::new());
-        let class = object.get_type();
-        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, found)) = known().iter().find(|(known, _)| known.is(&class)) {
-            return Ok(*found);
+        static KNOWN: Mutex<Vec<(Py<PyWeakrefReference>, Exchange)>> = Mutex::new(Vec::new());
+        fn known() -> MutexGuard<'static, Vec<(Py<PyWeakrefReference>, Exchange)>> {
+            KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+        let (py, class) = (object.py(), object.get_type());
+        let is_class = |known: &Py<PyWeakrefReference>| {
+            let known = known.bind(py).upgrade();
+            known.is_some_and(|known| known.is(&class))
+        };
+        if let Some((_, found)) = known().iter().find(|(known, _)| is_class(known)) {
+            return Ok(Some(*found));
         }
         let found = Exchange::find(&class)?;
-        known().push((class.unbind(), found));
+        if let Some(found) = found {
+            let class = PyWeakrefReference::new(&class)?.unbind();
+            let mut known = known();
+            known.retain(|(known, _)| known.bind(py).upgrade().is_some());
+            known.push((class, found));
+        }
         Ok(found)
     }
 
@@ -186,7 +200,25 @@ impl Exchange {
     }
 
     /// Reads the tensor. The memory is the object's: whoever keeps the pointer keeps the object.
+    /// Saying why one cannot be read runs Python code.
     pub fn read(self, object: &Bound<'_, PyAny>) -> Result<Tensor, Refusal> {
+        self.read_or(object, unreadable)
+    }
+
+    /// As [`Exchange::read`], without a reason and without running Python code.
+    pub fn read_quietly(self, object: &Bound<'_, PyAny>) -> Option<Tensor> {
+        let unread = |object: &Bound<'_, PyAny>| {
+            drop(PyErr::take(object.py()));
+            Refusal::Type(String::new(), String::new())
+        };
+        self.read_or(object, unread).ok()
+    }
+
+    fn read_or(
+        self,
+        object: &Bound<'_, PyAny>,
+        unread: impl Fn(&Bound<'_, PyAny>) -> Refusal,
+    ) -> Result<Tensor, Refusal> {
         let mut raw = std::mem::MaybeUninit::<RawTensor>::uninit();
         // SAFETY: `of` found the table on this object's type (its callers compare types) and the
         // function to be there; the GIL is held. On success the tensor is filled in; its shape and
@@ -200,7 +232,7 @@ impl Exchange {
                 ));
             };
             if function(object.as_ptr().cast(), raw.as_mut_ptr()) != 0 {
-                return Err(unreadable(object));
+                return Err(unread(object));
             }
             import(raw.assume_init_ref(), Access::Writable)
         }
@@ -264,7 +296,9 @@ impl RawTensor {
     unsafe fn view<'a>(&self) -> Option<View<'a>> {
         let dtype = self.dtype.float()?;
         let ndim = usize::try_from(self.ndim).ok()?;
-        if !self.device.is_host() || (ndim > 0 && (self.shape.is_null() || self.strides.is_null()))
+        if ndim > MOST_DIMENSIONS
+            || !self.device.is_host()
+            || (ndim > 0 && (self.shape.is_null() || self.strides.is_null()))
         {
             return None;
         }
@@ -491,7 +525,13 @@ unsafe fn import(raw: &RawTensor, access: Access) -> Result<Tensor, Refusal> {
         let found = "a DLPack tensor with an impossible shape";
         Refusal::Value("a tensor that fits in memory".into(), found.into())
     };
-    let ndim = usize::try_from(raw.ndim).map_err(|_| bad())?;
+    // Before a length is read: there may be fewer of them.
+    let ndim = usize::try_from(raw.ndim).ok();
+    let ndim = ndim.filter(|&ndim| ndim <= MOST_DIMENSIONS);
+    let ndim = ndim.ok_or_else(|| {
+        let wanted = format!("a tensor of at most {MOST_DIMENSIONS} dimensions");
+        Refusal::Value(wanted, format!("one of {}", raw.ndim))
+    })?;
     // SAFETY: by the contract above; a tensor without dimensions may have null for both.
     let (shape, strides) = unsafe {
         let slice =

@@ -172,20 +172,26 @@ impl Tensor {
             })
     }
 
-    /// Reads a NumPy array.
+    /// Reads a NumPy array. Saying why one is refused runs Python code.
     pub fn of_array(array: &Bound<'_, PyUntypedArray>) -> Result<Tensor, Refusal> {
+        Self::of_array_quietly(array).ok_or_else(|| {
+            let descr = array.dtype();
+            match float_of(&descr) {
+                None => Refusal::dtype(&descr.to_string(), array.shape()),
+                Some(dtype) => Refusal::Type(
+                    format!("native-endian {}", dtype.name()),
+                    format!("byte-swapped {descr}"),
+                ),
+            }
+        })
+    }
+
+    /// As [`Tensor::of_array`], without a reason and without running Python code.
+    pub fn of_array_quietly(array: &Bound<'_, PyUntypedArray>) -> Option<Tensor> {
         let descr = array.dtype();
-        let dtype = match descr.num() {
-            n if n == NPY_TYPES::NPY_FLOAT as i32 => DType::F32,
-            n if n == NPY_TYPES::NPY_DOUBLE as i32 => DType::F64,
-            _ => return Err(Refusal::dtype(&descr.to_string(), array.shape())),
-        };
-        if descr.is_native_byteorder() == Some(false) {
-            let wanted = format!("native-endian {}", dtype.name());
-            return Err(Refusal::Type(wanted, format!("byte-swapped {descr}")));
-        }
+        let dtype = float_of(&descr).filter(|_| descr.is_native_byteorder() != Some(false))?;
         let header = Header::of(array);
-        Ok(Tensor {
+        Some(Tensor {
             data: header.data,
             dtype,
             shape: array.shape().to_vec(),
@@ -248,6 +254,14 @@ impl Tensor {
             strides,
             size: dtype.size(),
         }
+    }
+}
+
+fn float_of(descr: &Bound<'_, PyArrayDescr>) -> Option<DType> {
+    match descr.num() {
+        n if n == NPY_TYPES::NPY_FLOAT as i32 => Some(DType::F32),
+        n if n == NPY_TYPES::NPY_DOUBLE as i32 => Some(DType::F64),
+        _ => None,
     }
 }
 
@@ -328,6 +342,7 @@ impl Source {
             ));
         }
         if let Ok(array) = object.cast::<PyUntypedArray>() {
+            check_mask(array)?;
             return Ok(Source::Array(array.clone().unbind()));
         }
         if is_scalar(object)? {
@@ -368,6 +383,21 @@ impl Source {
         }
     }
 
+    /// As [`Source::read`], without a reason and without running Python code; not of a capsule, which
+    /// only Python code makes.
+    pub fn read_quietly(&mut self, py: Python<'_>) -> Option<Tensor> {
+        match self {
+            Source::Array(array) => Tensor::of_array_quietly(array.bind(py)),
+            Source::Parameter(parameter, data, version) => {
+                let now = parameter.get().data_and_version(py);
+                (*data, *version) = (now.0.unbind(), now.1);
+                Tensor::of_array_quietly(data.bind(py))
+            }
+            Source::Exchange(object, exchange) => exchange.read_quietly(object.bind(py)),
+            Source::Capsule(_) => None,
+        }
+    }
+
     /// Reads the memory as it is now.
     pub fn read(&mut self, py: Python<'_>) -> Result<Tensor, Refusal> {
         match self {
@@ -396,6 +426,22 @@ pub(crate) fn as_array<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, P
 fn is_scalar(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     let numpy = object.py().import(intern!(object.py(), "numpy"))?;
     object.is_instance(&numpy.getattr(intern!(object.py(), "generic"))?)
+}
+
+/// Refuses NumPy's masked arrays: a step knows no masks.
+pub(crate) fn check_mask(array: &Bound<'_, PyUntypedArray>) -> Result<(), Refusal> {
+    let py = array.py();
+    if array.get_type().is(py.get_type::<PyUntypedArray>()) {
+        return Ok(());
+    }
+    let masked = py.import(intern!(py, "numpy.ma"))?.getattr("MaskedArray")?;
+    match array.is_instance(&masked)? {
+        false => Ok(()),
+        true => Err(Refusal::Type(
+            "an array without a mask (filled() makes one)".into(),
+            "a masked array".into(),
+        )),
+    }
 }
 
 fn not_an_array(object: &Bound<'_, PyAny>) -> Refusal {

@@ -71,7 +71,7 @@ impl Param {
         matches!(self.source, Source::Exchange(..))
     }
 
-    fn is_capsule(&self) -> bool {
+    pub fn is_capsule(&self) -> bool {
         matches!(self.source, Source::Capsule(_))
     }
 
@@ -100,14 +100,21 @@ impl Param {
         !self.source.is_current(py, &self.destination) && self.reread_leniently(py)
     }
 
+    /// As [`Param::follow`] of a capsule, which `keep` keeps where it is. Runs Python code.
+    pub fn follow_capsule(&mut self, py: Python<'_>, keep: &mut Vec<Managed>) {
+        let mut read = self.source.read(py).ok();
+        keep.extend(read.as_mut().and_then(|tensor| tensor.managed.take()));
+        self.take_note(read);
+    }
+
     #[cold]
     fn reread_leniently(&mut self, py: Python<'_>) -> bool {
         // A capsule is somewhere else each time it is made.
-        let read = if self.is_capsule() {
-            None
-        } else {
-            self.source.read(py).ok()
-        };
+        let read = self.source.read_quietly(py);
+        self.take_note(read)
+    }
+
+    fn take_note(&mut self, read: Option<Tensor>) -> bool {
         let is_fit = |tensor: &Tensor| {
             self.destination
                 .check_like(tensor.dtype, &tensor.shape)
