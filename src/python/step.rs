@@ -452,6 +452,9 @@ impl Inner {
                 let param = &params[index];
                 let object = grads.of(py, param, index)?;
                 incoming[index] = Incoming::new(object, param, index)?;
+                if incoming[index].is_some() {
+                    param.check_sign(py, index)?;
+                }
             }
         }
         Ok(())

@@ -29,8 +29,6 @@ struct Contents {
     last_grad_norm: Option<f64>,
     skipped_steps: u64,
     groups: Vec<Group>,
-    /// By index: the parameter was seen to need a look at its sign.
-    unsure: Vec<bool>,
     /// Kept from step to step so that a step allocates nothing.
     pairs: Vec<Pair>,
     rows: Rows,
@@ -59,7 +57,6 @@ impl Stepper {
             last_grad_norm: None,
             skipped_steps: 0,
             groups: Vec::new(),
-            unsure: Vec::new(),
             pairs: Vec::new(),
             rows: Rows::new(isa()?),
         })))
@@ -265,42 +262,31 @@ impl Contents {
         only: Option<(usize, usize)>,
     ) -> PyResult<bool> {
         let manner = self.manner(None);
-        // Twice at most, for the second time every sign is looked at.
-        for is_sure in [false, true] {
-            self.pairs.clear();
-            let is_ordinary = match only {
-                None => self.collect(torch, dicts, is_sure)?,
-                Some(one) => self.collect_one(torch, dicts, one, is_sure)?,
-            };
-            if !is_ordinary {
-                return Ok(false);
-            }
-            let Contents {
-                groups,
-                pairs,
-                rows,
-                ..
-            } = self;
-            let groups = match only {
-                None => &groups[..],
-                Some((place, _)) => &groups[place..=place],
-            };
-            let source = Source::State(state);
-            let groups = groups_of(groups, pairs);
-            match rows.step(dicts.py(), torch, groups, &source, &manner) {
-                Ok(verdict) => return self.conclude(torch, dicts, &verdict).map(|()| true),
-                Err(Unfit::Refused) => return Ok(false),
-                Err(Unfit::Python(error)) => return Err(error),
-                Err(Unfit::Unsure(indices)) => {
-                    for index in indices {
-                        let len = self.unsure.len().max(index + 1);
-                        self.unsure.resize(len, false);
-                        self.unsure[index] = true;
-                    }
-                }
-            }
+        self.pairs.clear();
+        let is_ordinary = match only {
+            None => self.collect(torch, dicts)?,
+            Some(one) => self.collect_one(torch, dicts, one)?,
+        };
+        if !is_ordinary {
+            return Ok(false);
         }
-        Ok(false)
+        let Contents {
+            groups,
+            pairs,
+            rows,
+            ..
+        } = self;
+        let groups = match only {
+            None => &groups[..],
+            Some((place, _)) => &groups[place..=place],
+        };
+        let source = Source::State(state);
+        let groups = groups_of(groups, pairs);
+        match rows.step(dicts.py(), torch, groups, &source, &manner) {
+            Ok(verdict) => self.conclude(torch, dicts, &verdict).map(|()| true),
+            Err(Unfit::Refused) => Ok(false),
+            Err(Unfit::Python(error)) => Err(error),
+        }
     }
 
     fn step_rows(
@@ -349,7 +335,6 @@ impl Contents {
             for row in rows {
                 self.pairs.push(Pair {
                     index: row.get_item(0)?.extract()?,
-                    is_sure: true,
                     p: row.get_item(1)?.unbind(),
                     g: row.get_item(2)?.unbind(),
                 });
@@ -370,12 +355,7 @@ impl Contents {
 
     /// Reads the options as they are now, and the parameters and their gradients. False if something
     /// is not ordinary. May run Python code.
-    fn collect(
-        &mut self,
-        torch: &Torch,
-        dicts: &Bound<'_, PyList>,
-        is_sure: bool,
-    ) -> PyResult<bool> {
+    fn collect(&mut self, torch: &Torch, dicts: &Bound<'_, PyList>) -> PyResult<bool> {
         let py = dicts.py();
         self.groups.truncate(dicts.len());
         let mut index = 0;
@@ -388,7 +368,7 @@ impl Contents {
             }
             let params = self.groups[k].params.clone_ref(py).into_bound(py);
             for p in params.iter() {
-                if !self.collect_pair(torch, index, p, is_sure)? {
+                if !self.collect_pair(torch, index, p)? {
                     return Ok(false);
                 }
                 index += 1;
@@ -404,7 +384,6 @@ impl Contents {
         torch: &Torch,
         dicts: &Bound<'_, PyList>,
         (place, k): (usize, usize),
-        is_sure: bool,
     ) -> PyResult<bool> {
         let py = dicts.py();
         // What was read of the groups before it may be old: each is compared when it is used.
@@ -421,32 +400,24 @@ impl Contents {
         let before = self.groups[..place].iter().map(|group| params(group).len());
         let index = before.sum::<usize>() + k;
         let p = params(&self.groups[place]).get_item(k)?;
-        let is_ordinary = self.collect_pair(torch, index, p, is_sure)?;
+        let is_ordinary = self.collect_pair(torch, index, p)?;
         self.groups[place].end = self.pairs.len();
         Ok(is_ordinary)
     }
 
     /// Adds a parameter and its gradient, if it has one. False if something is not ordinary.
     #[inline]
-    fn collect_pair(
-        &mut self,
-        torch: &Torch,
-        index: usize,
-        p: Bound<'_, PyAny>,
-        is_sure: bool,
-    ) -> PyResult<bool> {
+    fn collect_pair(&mut self, torch: &Torch, index: usize, p: Bound<'_, PyAny>) -> PyResult<bool> {
         if !torch.is_plain(&p) {
             return Ok(false);
         }
         let g = torch.grad(&p)?;
         if !g.is_none() {
-            let is_sure = is_sure || self.unsure.get(index).is_some_and(|&unsure| unsure);
-            if !torch.is_plain(&g) || is_sure && (torch.is_neg(&p)? || torch.is_neg(&g)?) {
+            if !torch.is_plain(&g) || torch.is_neg(&p)? || torch.is_neg(&g)? {
                 return Ok(false);
             }
             self.pairs.push(Pair {
                 index,
-                is_sure,
                 p: p.unbind(),
                 g: g.unbind(),
             });
@@ -561,7 +532,7 @@ fn groups_of<'g>(
 fn not_taken(unfit: Unfit) -> PyErr {
     match unfit {
         Unfit::Python(error) => error,
-        Unfit::Refused | Unfit::Unsure(_) => PyRuntimeError::new_err(
+        Unfit::Refused => PyRuntimeError::new_err(
             "expected tensors that stay as they are during a step, got others",
         ),
     }

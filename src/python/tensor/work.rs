@@ -13,7 +13,9 @@ use pyo3::{Borrowed, PyTraverseError, PyTypeInfo, PyVisit, ffi};
 use super::super::parameter::Parameter;
 use super::dlpack::{Exchange, Managed};
 use super::overlap::{Extent, Written};
-use super::{Buffer, DType, Destination, Gradient, Refusal, Source, Tensor, as_array, is_scalar};
+use super::{
+    Buffer, DType, Destination, Gradient, Refusal, Source, Tensor, as_array, check_sign, is_scalar,
+};
 use crate::config::Config;
 use crate::kernel::Real;
 use crate::kernel::batch::{Batch, Dim, Layout, Piece, Storage};
@@ -73,6 +75,16 @@ impl Param {
 
     pub fn is_capsule(&self) -> bool {
         matches!(self.source, Source::Capsule(_))
+    }
+
+    /// That it has not got a sign that its memory does not show. May run Python code.
+    #[inline]
+    pub fn check_sign(&self, py: Python<'_>, index: usize) -> PyResult<()> {
+        match &self.source {
+            Source::Exchange(object, _) => check_sign(object.bind(py))
+                .map_err(|refusal| refusal.at(self.culprit("parameter", index))),
+            _ => Ok(()),
+        }
     }
 
     pub fn culprit(&self, what: &str, index: usize) -> String {
