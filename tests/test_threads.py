@@ -134,6 +134,50 @@ def test_reentrance_from_a_gradient_does_not_hang(act, numel, run_python):
     run_python(REENTRANT.format(act=ACTS[act], numel=numel, step="{}"))
 
 
+CROSSED = """
+import threading
+import numpy as np
+from producers import Versioned
+from rmsprop import RMSprop
+
+COUNT = {count}
+opts = [RMSprop([np.zeros(3, np.float32)]) for _ in range(COUNT)]
+met = threading.Barrier(COUNT)
+said = []
+
+class Crossing(Versioned):
+    "A gradient for which the next optimizer is stepped, once all are inside a step of their own."
+    def __init__(self, index):
+        super().__init__(np.ones(3, np.float32))
+        self.next = opts[(index + 1) % COUNT]
+    def __dlpack__(self, **keywords):
+        met.wait()
+        try:
+            self.next.step(grads=[self.array])
+        except RuntimeError as error:
+            said.append(str(error))
+        return super().__dlpack__(**keywords)
+
+threads = [
+    threading.Thread(target=lambda k=k: opts[k].step(grads=[Crossing(k)]))
+    for k in range(COUNT)
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+steps = sum(opt.state[0]["step"] for opt in opts)
+assert steps == 2 * COUNT - len(said), (steps, said)
+print(len(said))
+"""
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_optimizers_that_wait_for_each_other(count, run_python):
+    """One at least is told so, instead of all waiting for ever; the others get their turn."""
+    assert 1 <= int(run_python(CROSSED.format(count=count))) <= count
+
+
 def test_reentrance_from_a_closure_steps_twice(run_python):
     code = REENTRANT.format(
         act="step",

@@ -351,11 +351,12 @@ class RMSprop(_core.Optimizer):
             places[number]: checked(self, places[number], entry)
             for number, entry in saved_state.items()
         }
-        self._create_state([(i, key) for i, entry in entries.items() for key in entry])
-        for group, new in zip(self.param_groups, groups):
-            group.update(new)
-        for index, own_state in self.state.items():
-            own_state._restore(entries.get(index, {}))
+        starts = [new["initial_square_avg"] for new in groups for _ in new["params"]]
+        whole = [
+            (index, float(start), entries.get(index, {}))
+            for index, start in enumerate(starts)
+        ]
+        self._exchange(list(zip(self.param_groups, groups)), whole)
 
     def __getstate__(self) -> dict[str, Any]:
         options = {key: getattr(self, key) for key in _OPTIMIZER_OPTIONS}

@@ -125,9 +125,8 @@ class ParameterState(MutableMapping[str, Any]):
 
     def _restore(self, entry: Mapping[str, Any]) -> None:
         """Takes a checked entry whole: what it lacks goes back to its start."""
-        self._optimizer._create_state([(self._index, key) for key in entry])
-        for key in self:
-            self._assign(key, entry.get(key, self._start(key)))
+        start = float(self._start("square_avg"))
+        self._optimizer._exchange([], [(self._index, start, dict(entry))])
 
     def _assign(self, key: str, value: Any) -> None:
         if key == "step":

@@ -8,7 +8,7 @@ use pyo3::types::{PyDict, PyInt, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::options::not_a_number;
-use super::step::{Grads, Inner, NewGroup};
+use super::step::{Grads, Inner, NewEntry, NewGroup};
 use super::tensor::work::{Guard, Incoming, Param};
 use super::tensor::{Buffer, Refusal};
 use super::turn::Turns;
@@ -252,6 +252,18 @@ impl Optimizer {
     /// of the parameter's index and the name.
     fn _create_state(&self, py: Python<'_>, wanted: Vec<(usize, String)>) -> PyResult<()> {
         self.contents.wait(py)?.create_state(py, &wanted)
+    }
+
+    /// Takes options of groups, as pairs of the dict and what it is updated with, and the checked state
+    /// of parameters whole, with the start value of `square_avg`: what an entry lacks goes back to its
+    /// start. All at once: whatever can fail or be interrupted comes before the first change.
+    fn _exchange(
+        &self,
+        py: Python<'_>,
+        groups: Vec<(Bound<'_, PyDict>, Bound<'_, PyDict>)>,
+        entries: Vec<NewEntry<'_>>,
+    ) -> PyResult<()> {
+        self.contents.wait(py)?.exchange(py, &groups, &entries)
     }
 
     /// How often a parameter was updated.

@@ -9,7 +9,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 
-use super::group::{Group, flatten, state_spans};
+use super::group::{Group, NewState, flatten, state_spans};
 use super::options::{Change, Snapshot, config_of, is_contiguous};
 use super::tensor::work::{Assembly, Guard, Incoming, Lent, Param, Work};
 use super::tensor::{DType, Source, is_same};
@@ -25,6 +25,10 @@ pub(crate) const DETACH_BYTES: usize = 4 << 20;
 
 /// A group that is to be added: its dict, and the names of its parameters.
 pub(crate) type NewGroup<'py> = (Bound<'py, PyDict>, Vec<Option<String>>);
+
+/// The state that a parameter is to have: its index, the start value of `square_avg`, and what is
+/// not to be at its start.
+pub(crate) type NewEntry<'py> = (usize, f64, Bound<'py, PyDict>);
 
 /// What an optimizer holds.
 pub(crate) struct Inner {
@@ -531,8 +535,84 @@ impl Inner {
         ))
     }
 
+    /// Takes options and state, all or nothing.
+    pub fn exchange(
+        &mut self,
+        py: Python<'_>,
+        options: &[(Bound<'_, PyDict>, Bound<'_, PyDict>)],
+        entries: &[NewEntry<'_>],
+    ) -> PyResult<()> {
+        let mut wanted = Vec::new();
+        for (index, _, entry) in entries {
+            let keys = StateKey::ALL.into_iter().map(StateKey::name);
+            for key in keys {
+                if entry.contains(key)? {
+                    wanted.push((*index, key.to_owned()));
+                }
+            }
+        }
+        let new = self.new_state(py, &wanted)?;
+        let (mut values, mut steps) = (Vec::new(), Vec::new());
+        for (index, start, entry) in entries {
+            let (group, dtype) = self.locate(*index)?;
+            let step = entry.get_item(intern!(py, "step"))?;
+            steps.push(step.map_or(Ok(0), |step| step.extract::<u64>())?);
+            for key in StateKey::ALL {
+                let place = (dtype as usize, key as usize);
+                let known = self.groups[group].halves[place.0].state[place.1].as_ref();
+                let Some(buffer) = known.or(new[group][place.0][place.1].as_ref()) else {
+                    continue;
+                };
+                let Param {
+                    destination,
+                    offset,
+                    ..
+                } = &self.params[*index];
+                let shape = &destination.shape;
+                let view = buffer.view(py, *offset, shape, destination.state_strides())?;
+                let start = match key {
+                    StateKey::SquareAvg => *start,
+                    _ => 0.0,
+                };
+                let value = match entry.get_item(key.name())? {
+                    Some(value) => value,
+                    None => start.into_pyobject(py)?.into_any(),
+                };
+                values.push((view, value));
+            }
+        }
+        // From here on nothing runs Python code, which might be interrupted: dicts with strings for
+        // keys are updated, and arrays and numbers copied into arrays.
+        for (group, new) in self.groups.iter_mut().zip(new) {
+            group.adopt(new, &mut self.params, &mut self.guard);
+        }
+        for (view, value) in values {
+            view.set_item(py.Ellipsis(), value)?;
+        }
+        for ((index, ..), step) in entries.iter().zip(steps) {
+            self.steps[*index] = step;
+        }
+        for (group, new) in options {
+            group.update(new.as_mapping())?;
+        }
+        Ok(())
+    }
+
     /// Creates state of parameters, by name, where it is not there yet: all or none.
     pub fn create_state(&mut self, py: Python<'_>, wanted: &[(usize, String)]) -> PyResult<()> {
+        let new = self.new_state(py, wanted)?;
+        for (group, new) in self.groups.iter_mut().zip(new) {
+            group.adopt(new, &mut self.params, &mut self.guard);
+        }
+        Ok(())
+    }
+
+    /// State of parameters, by name, that is not there yet, for each group.
+    fn new_state(
+        &self,
+        py: Python<'_>,
+        wanted: &[(usize, String)],
+    ) -> PyResult<Vec<[NewState; 2]>> {
         let mut places = Vec::with_capacity(wanted.len());
         for (index, name) in wanted {
             let (group, dtype) = self.locate(*index)?;
@@ -543,10 +623,7 @@ impl Inner {
             let is_wanted = |key, dtype| places.contains(&(index, key, dtype));
             new.push(group.missing(py, &group.config, is_wanted)?);
         }
-        for (group, new) in self.groups.iter_mut().zip(new) {
-            group.adopt(new, &mut self.params, &mut self.guard);
-        }
-        Ok(())
+        Ok(new)
     }
 
     /// Adds groups, all or none: dicts that have every option and a tuple of parameters, and the

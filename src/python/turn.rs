@@ -2,7 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -16,6 +17,46 @@ static FORKS: AtomicU32 = AtomicU32::new(0);
 #[pyo3(name = "_after_fork")]
 pub(crate) fn after_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
+    waiting().clear();
+}
+
+/// How long a thread waits before it looks for signals.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// The threads that wait, and whose turn it is where they do. The lock is taken with the GIL held,
+/// and nothing that might give the GIL away is done under it.
+static WAITING: Mutex<Vec<(usize, Arc<AtomicUsize>)>> = Mutex::new(Vec::new());
+
+fn waiting() -> MutexGuard<'static, Vec<(usize, Arc<AtomicUsize>)>> {
+    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes note that a thread waits, while this is there. Whoever closes a circle finds it here.
+struct Wait(usize);
+
+impl Wait {
+    /// None if the thread would wait for itself.
+    fn begin(thread: usize, holder: &Arc<AtomicUsize>) -> Option<Wait> {
+        let mut waiting = waiting();
+        let mut next = holder.load(Ordering::Relaxed);
+        for _ in 0..=waiting.len() {
+            if next == thread {
+                return None;
+            }
+            let Some((_, holder)) = waiting.iter().find(|(waits, _)| *waits == next) else {
+                break;
+            };
+            next = holder.load(Ordering::Relaxed);
+        }
+        waiting.push((thread, Arc::clone(holder)));
+        Some(Wait(thread))
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        waiting().retain(|(thread, _)| *thread != self.0);
+    }
 }
 
 /// A number of this thread's own.
@@ -24,28 +65,40 @@ fn thread_token() -> usize {
     TOKEN.with(|token| std::ptr::from_ref(token) as usize)
 }
 
-/// Something that one thread at a time works on. A thread waits for its turn without the GIL, and
-/// is told when it would wait for ever: for itself, or for a thread that only the parent of this
-/// process has.
+/// Something that one thread at a time works on. A thread waits for its turn without the GIL, hears
+/// signals meanwhile, and is told when it would wait for ever: for itself, for one that waits for it,
+/// or for a thread that only the parent of this process has.
 pub(crate) struct Turns<T> {
     content: Mutex<T>,
-    /// The thread whose turn it is, and the process it is in.
-    thread: AtomicUsize,
+    /// The thread whose turn it is, or 0, and the process it is in.
+    thread: Arc<AtomicUsize>,
     forks: AtomicU32,
+    /// What wakes one of the threads that wait. The lock is never waited for: in a child of `fork` it
+    /// may be nobody's.
+    waiting: AtomicUsize,
+    gate: Mutex<()>,
+    is_free: Condvar,
 }
 
 /// The right to work on it.
 pub(crate) struct Turn<'a, T> {
+    /// Dropped first.
     content: MutexGuard<'a, T>,
-    thread: &'a AtomicUsize,
+    ending: Ending<'a, T>,
 }
+
+/// Wakes another thread when a turn has ended.
+struct Ending<'a, T>(&'a Turns<T>);
 
 impl<T: Send> Turns<T> {
     pub fn new(content: T) -> Self {
         Turns {
             content: Mutex::new(content),
-            thread: AtomicUsize::new(0),
+            thread: Arc::new(AtomicUsize::new(0)),
             forks: AtomicU32::new(0),
+            waiting: AtomicUsize::new(0),
+            gate: Mutex::new(()),
+            is_free: Condvar::new(),
         }
     }
 
@@ -64,7 +117,7 @@ impl<T: Send> Turns<T> {
             .store(FORKS.load(Ordering::Relaxed), Ordering::Relaxed);
         Ok(Turn {
             content,
-            thread: &self.thread,
+            ending: Ending(self),
         })
     }
 
@@ -78,13 +131,30 @@ impl<T: Send> Turns<T> {
                  process was forked",
             ));
         }
-        if self.thread.load(Ordering::Relaxed) == thread_token() {
+        let thread = thread_token();
+        if self.thread.load(Ordering::Relaxed) == thread {
             return Err(PyRuntimeError::new_err(
                 "expected one step at a time, got a call on an optimizer from inside its own step",
             ));
         }
-        py.detach(|| drop(self.content.lock()));
-        Ok(())
+        let Some(_wait) = Wait::begin(thread, &self.thread) else {
+            return Err(PyRuntimeError::new_err(
+                "expected threads that do not wait for each other, got a call on an optimizer that \
+                 another thread is stepping which waits for a step of this one",
+            ));
+        };
+        py.detach(|| {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            match self.gate.try_lock() {
+                Ok(gate) if self.thread.load(Ordering::SeqCst) != 0 => {
+                    drop(self.is_free.wait_timeout(gate, PATIENCE));
+                }
+                Ok(_) => {}
+                Err(_) => std::thread::sleep(PATIENCE / 50),
+            }
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+        });
+        py.check_signals()
     }
 
     /// A turn if nobody else has one.
@@ -109,6 +179,16 @@ impl<T> DerefMut for Turn<'_, T> {
 
 impl<T> Drop for Turn<'_, T> {
     fn drop(&mut self) {
-        self.thread.store(0, Ordering::Relaxed);
+        self.ending.0.thread.store(0, Ordering::SeqCst);
+    }
+}
+
+impl<T> Drop for Ending<'_, T> {
+    fn drop(&mut self) {
+        if self.0.waiting.load(Ordering::SeqCst) > 0 {
+            // Who is between looking and waiting has the lock, and looks again before long.
+            drop(self.0.gate.try_lock());
+            self.0.is_free.notify_one();
+        }
     }
 }
