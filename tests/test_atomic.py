@@ -3,6 +3,8 @@
 Steps that are refused for their input are in test_bad_input.py.
 """
 
+import contextlib
+
 import numpy as np
 import pytest
 from problems import (
@@ -206,6 +208,54 @@ def test_norm_of_a_step_that_raises(contiguous):
     assert opt.last_grad_norm > 0
 
 
+def bad_gradient(params, opt):
+    params[3].grad = np.ones(7, np.float32)
+
+
+def no_gradient(params, opt):
+    params[3].grad = "gradient"
+
+
+def infinite_gradient(params, opt):
+    opt.nonfinite = "raise"
+    params[3].grad[...] = np.inf
+
+
+def skipped_step(params, opt):
+    opt.nonfinite = "skip"
+    params[3].grad[...] = np.inf
+
+
+def bad_group(params, opt):
+    opt.param_groups[1]["lr"] = -1.0
+
+
+SPOILS = (bad_gradient, no_gradient, infinite_gradient, skipped_step, bad_group)
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_state_of_an_option_that_was_just_switched_on(spoil, contiguous):
+    """It is not there after a step that failed, nor in its checkpoint, and starts at the next."""
+    (params, opt), (expected_params, expected) = (
+        build(contiguous, momentum=0.0, centered=False) for _ in range(2)
+    )
+    before = bits(opt.state_dict()["state"])
+    for group in opt.param_groups:
+        group.update(OPTIONS)
+    spoil(params, opt)
+    for _ in range(2):
+        with contextlib.suppress(FloatingPointError, TypeError, ValueError):
+            opt.step()
+        assert bits(opt.state_dict()["state"]) == before
+    opt.nonfinite = "propagate"
+    for one, its_params in ((opt, params), (expected, expected_params)):
+        for group in one.param_groups:
+            group.update(OPTIONS)
+        one.param_groups[1]["lr"] = 0.01
+        train(one, its_params, [2, 3])
+    assert snapshot(opt) == snapshot(expected)
+
+
 OUT_OF_MEMORY = """
 import contextlib, resource
 import numpy as np
@@ -285,6 +335,19 @@ same, expected, group = make()
 group["centered"] = True
 expected.step()
 assert snapshot(opt) == snapshot(expected)
+""",
+    "step with other parameters": """
+param, opt, group = make()
+others = group["params"]
+other = parameter()
+group.update(params=(other,), momentum=0.9)
+with room_for(0.5):
+    fails(opt.step)
+assert (other.data == 0).all()
+group.update(params=others, momentum=0.0)
+opt.add_param_group({{"params": [other]}})
+opt.step()
+assert [opt.state[index]["step"] for index in range(2)] == [2, 1]
 """,
     "checkpoint": """
 param, opt, group = make()

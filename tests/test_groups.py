@@ -138,6 +138,21 @@ def test_state_that_is_switched_off_is_kept(key, contiguous):
         assert_equal(params, opt, oracles)
 
 
+@pytest.mark.parametrize("shapes", [[(0,)], [(2, 0), (3,)]], ids=str)
+def test_state_of_arrays_without_elements_is_kept(shapes, contiguous):
+    params = random_parameters(0, shapes)
+    opt = RMSprop(params, contiguous_params=contiguous)
+    keys = {"step", "square_avg"}
+    assert {frozenset(entry) for entry in opt.state.values()} == {frozenset(keys)}
+    for options in ({"momentum": 0.9, "centered": True}, {}, {"momentum": 0.5}):
+        opt.param_groups[0].update({"momentum": 0.0, "centered": False, **options})
+        opt.step()
+        keys |= {START[key] for key in options}
+        for param, entry in zip(params, opt.state.values(), strict=True):
+            assert set(entry) == keys
+            assert all(entry[key].shape == param.shape for key in keys - {"step"})
+
+
 @pytest.mark.parametrize(
     "number",
     [1, np.float32(0.5), np.float64(0.5), np.int64(1)],

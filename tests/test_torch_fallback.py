@@ -88,6 +88,7 @@ def outcome(function):
     except (
         AssertionError,
         AttributeError,
+        FloatingPointError,
         RuntimeError,
         TypeError,
         ValueError,
@@ -481,6 +482,43 @@ def test_option_that_torch_does_not_have(option, kind, stepped, contiguous):
     params[1].grad = KINDS[kind](6)
     refuses(opt, params, ValueError, rf"(?s)(?=.*\b{option}\b)(?=.*\b1\b)(?=.*'odd')")
     assert opt.skipped_steps == 0
+
+
+def infinite(params, opt):
+    opt.nonfinite = "raise"
+    params[2].grad = torch.full_like(params[2], torch.inf)
+
+
+def skipped(params, opt):
+    opt.nonfinite = "skip"
+    params[2].grad = torch.full_like(params[2], torch.inf)
+
+
+def row_sparse(params, opt):
+    params[2].grad = sparse()
+
+
+def not_of_torch(params, opt):
+    opt.param_groups[0]["nesterov"] = True
+    params[2].data = params[2].half()
+    params[2].grad = random(1, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("spoil", [infinite, skipped, row_sparse, not_of_torch])
+def test_state_of_an_option_that_was_just_switched_on(spoil, contiguous):
+    """A step that fails or is left out has not made it."""
+    params = [nn.Parameter(random(seed)) for seed in range(3)]
+    opt = RMSprop(params, contiguous_params=contiguous)
+    for param in params:
+        param.grad = random(7)
+    opt.step()
+    before = everything(params[:2], opt)
+    opt.param_groups[0].update(momentum=0.9, centered=True)
+    spoil(params, opt)
+    for _ in range(2):
+        assert outcome(opt.step) or spoil is skipped
+        same(everything(params[:2], opt), before)
+        assert {len(opt.state[param]) for param in params} == {2}
 
 
 @pytest.mark.parametrize("option", OWN)

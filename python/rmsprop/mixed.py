@@ -180,7 +180,7 @@ def _step_together(opt: RMSprop, parts: list[Part]) -> None:
     _store(opt, parts)
     try:
         has_stepped = opt._stepper.step_rows(listed, gathered)
-    except FloatingPointError:
+    except Exception:
         _discard(opt, parts)
         raise
     if has_stepped:

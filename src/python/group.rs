@@ -39,6 +39,8 @@ pub(crate) struct Group {
 #[derive(Default)]
 pub(crate) struct Half {
     pub numel: usize,
+    /// There are parameters of this type, if only without elements.
+    has_members: bool,
     /// The state, by key; None until it is needed.
     pub state: [Option<Buffer>; 3],
     pub flat: Option<Flat>,
@@ -69,7 +71,7 @@ impl Half {
         config: &Config,
         is_wanted: impl Fn(StateKey) -> bool,
     ) -> PyResult<NewState> {
-        let is_missing = |key: StateKey| self.numel > 0 && self.state[key as usize].is_none();
+        let is_missing = |key: StateKey| self.has_members && self.state[key as usize].is_none();
         let create = |key: StateKey| match is_missing(key) && is_wanted(key) {
             true => Buffer::new(py, dtype, self.numel, key.start(config)).map(Some),
             false => Ok(None),
@@ -129,6 +131,7 @@ impl Group {
             let half = &mut halves[param.destination.dtype as usize];
             param.offset = half.numel;
             half.numel += param.destination.numel;
+            half.has_members = true;
         }
         for (half, dtype) in halves.iter_mut().zip(DTYPES) {
             let new = half.missing(py, dtype, &config, |key| key.is_used(&config))?;
@@ -161,8 +164,16 @@ impl Group {
         Ok([f32, f64])
     }
 
-    /// Takes state that was missing, and tells its parameters where it is.
-    pub fn adopt(&mut self, new: [NewState; 2], params: &mut [Param], guard: &mut Guard) {
+    /// Takes state that was missing, and tells its parameters where it is. What there was before, if
+    /// there is any.
+    pub fn adopt(
+        &mut self,
+        new: [NewState; 2],
+        params: &mut [Param],
+        guard: &mut Guard,
+    ) -> Option<[[bool; 3]; 2]> {
+        let had = |half: &Half| half.state.each_ref().map(Option::is_some);
+        let had = self.halves.each_ref().map(had);
         let mut has_new = false;
         for (half, new) in self.halves.iter_mut().zip(new) {
             has_new |= half.adopt(new);
@@ -171,6 +182,19 @@ impl Group {
             self.place(&mut params[self.range.clone()]);
             guard.forget();
         }
+        has_new.then_some(had)
+    }
+
+    /// Lets go of all state but that; the options are read anew at the next step.
+    pub fn disown(&mut self, kept: [[bool; 3]; 2], params: &mut [Param], guard: &mut Guard) {
+        for (half, kept) in self.halves.iter_mut().zip(kept) {
+            for (buffer, is_kept) in half.state.iter_mut().zip(kept) {
+                buffer.take_if(|_| !is_kept);
+            }
+        }
+        self.snapshot.forget();
+        self.place(&mut params[self.range.clone()]);
+        guard.forget();
     }
 
     /// Tells its parameters where their state is.

@@ -9,8 +9,8 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::options::not_a_number;
 use super::step::{Grads, Inner, NewEntry, NewGroup};
+use super::tensor::Refusal;
 use super::tensor::work::{Guard, Incoming, Param};
-use super::tensor::{Buffer, Refusal};
 use super::turn::Turns;
 use crate::config::{Nonfinite, validate_max_grad_norm};
 use crate::kernel::batch::Storage;
@@ -62,6 +62,7 @@ impl Optimizer {
             f64: Storage::new(isa, 0, 0),
             incoming: Vec::new(),
             keep: Vec::new(),
+            adopted: Vec::new(),
             is_holding: false,
         };
         Ok(Optimizer {
@@ -178,10 +179,8 @@ impl Optimizer {
     fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<&'static str>> {
         let turn = self.contents.wait(py)?;
         let (group, dtype) = turn.locate(index)?;
-        let used = |key: &StateKey| match &turn.groups[group].halves[dtype as usize] {
-            half if half.numel == 0 => key.is_used(&turn.groups[group].config),
-            half => half.state[*key as usize].is_some(),
-        };
+        let half = &turn.groups[group].halves[dtype as usize];
+        let used = |key: &StateKey| half.state[*key as usize].is_some();
         Ok(StateKey::ALL
             .into_iter()
             .filter(used)
@@ -206,12 +205,6 @@ impl Optimizer {
             ..
         } = &turn.params[index];
         let half = &turn.groups[group].halves[dtype as usize];
-        if half.numel == 0 && place.is_used(&turn.groups[group].config) {
-            let empty = Buffer::new(py, dtype, 0, 0.0)?;
-            return Ok(empty
-                .view(py, 0, &destination.shape, destination.state_strides())?
-                .into_any());
-        }
         let buffer = half.state[place as usize].as_ref().ok_or_else(missing)?;
         Ok(buffer
             .view(py, *offset, &destination.shape, destination.state_strides())?

@@ -52,6 +52,8 @@ pub(crate) struct Inner {
     /// One for each parameter; none of them is there between steps.
     pub incoming: Vec<Incoming>,
     pub keep: Vec<Py<PyAny>>,
+    /// Groups that this step has created state for, and which they had before.
+    pub adopted: Vec<(usize, [[bool; 3]; 2])>,
     /// Some of them are there.
     pub is_holding: bool,
 }
@@ -203,6 +205,23 @@ impl Inner {
         dicts: &Bound<'_, PyList>,
         grads: &Grads<'_>,
     ) -> PyResult<()> {
+        let outcome = self.step_or_fail(py, dicts, grads);
+        // A step that was left out or has failed leaves no state that it has created.
+        for (index, had) in std::mem::take(&mut self.adopted) {
+            if !matches!(outcome, Ok(true)) {
+                self.groups[index].disown(had, &mut self.params, &mut self.guard);
+            }
+        }
+        outcome.map(drop)
+    }
+
+    /// True if it has updated.
+    fn step_or_fail(
+        &mut self,
+        py: Python<'_>,
+        dicts: &Bound<'_, PyList>,
+        grads: &Grads<'_>,
+    ) -> PyResult<bool> {
         self.read_groups(py, dicts)?;
         grads.check(&self.params)?;
         let lent = self.step_lent(py, grads)?;
@@ -222,13 +241,14 @@ impl Inner {
         self.last_grad_norm = verdict.norm;
         if let Outcome::Skip = verdict.outcome {
             self.skipped_steps += 1;
-            return Ok(());
+            return Ok(false);
         }
+        self.adopted.clear();
         self.count_steps(is_lent);
-        match is_lent {
-            true => Ok(()),
-            false => self.tell_autograd(py),
+        if !is_lent {
+            self.tell_autograd(py)?;
         }
+        Ok(true)
     }
 
     /// A short step over NumPy arrays that all are what they were: their gradients, in a list or a
@@ -380,12 +400,13 @@ impl Inner {
         let objects = objects.ok_or_else(|| {
             PyValueError::new_err(format!("params{place}: expected a tuple, got none"))
         })?;
+        let new = group.missing(py, &config, |key, _| key.is_used(&config))?;
         if !is_same(&objects, group.objects.as_any()) {
             self.rebind(py, index, &objects)?;
         }
         let group = &mut self.groups[index];
-        let new = group.missing(py, &config, |key, _| key.is_used(&config))?;
-        group.adopt(new, &mut self.params, &mut self.guard);
+        let had = group.adopt(new, &mut self.params, &mut self.guard);
+        self.adopted.extend(had.map(|had| (index, had)));
         group.config = config;
         group.snapshot = snapshot;
         Ok(())
