@@ -367,3 +367,90 @@ assert bits(opt.state_dict()["state"]) == bits(saved["state"])
 def test_out_of_memory(shortage, contiguous, run_python):
     """Something that needs less works afterwards."""
     run_python((OUT_OF_MEMORY + shortage).format(contiguous=contiguous))
+
+
+# The lists that an optimizer keeps of its parameters, in steps from no room at all to enough.
+SMALL_ONES = """
+import contextlib, gc, resource
+import numpy as np
+
+
+@contextlib.contextmanager
+def room_for(size):
+    with open("/proc/self/statm") as numbers:
+        used = int(numbers.read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+def outcomes(action, has_changed):
+    "What happens with ever more room: nothing, until it works."
+    size, failures = 1 << 18, 0
+    while True:
+        gc.collect()
+        try:
+            with room_for(size):
+                action()
+        except MemoryError:
+            assert not has_changed()
+            failures += 1
+        else:
+            assert failures
+            return
+        size = int(1.25 * size)
+"""
+
+MANY = {
+    "constructor and step": """
+from rmsprop import RMSprop
+
+COUNT = 100_000
+memory = np.ones(COUNT, np.float32)
+params = list(memory.reshape(-1, 1))
+grads = list(np.ones((COUNT, 1), np.float32))
+
+outcomes(lambda: RMSprop(params).step(grads=grads), lambda: (memory != 1).any())
+assert (memory != 1).all()
+""",
+    "named parameters": """
+from rmsprop import RMSprop
+
+COUNT = 100_000
+memory = np.ones(COUNT, np.float32)
+params = {{f"the parameter {{k}}": row for k, row in enumerate(memory.reshape(-1, 1))}}
+grads = dict.fromkeys(params, np.ones(1, np.float32))
+
+outcomes(lambda: RMSprop(params).step(grads=grads), lambda: (memory != 1).any())
+assert (memory != 1).all()
+""",
+    "torch": """
+import torch
+from rmsprop.torch import RMSprop
+
+memory = torch.ones(20_000)
+params = list(memory.reshape(-1, 1))
+for param in params:
+    param.grad = torch.ones(1)
+stock = torch.optim.RMSprop(params, lr=0.0, foreach=False)
+stock.step()
+
+def step():
+    opt = RMSprop(params)
+    opt.state.update(stock.state)
+    opts.append(opt)
+    opt.step()
+
+opts = []
+outcomes(step, lambda: opts.clear() or bool((memory != 1).any()))
+assert bool((memory != 1).all())
+""",
+}
+
+
+@pytest.mark.parametrize("what", MANY.values(), ids=MANY)
+def test_out_of_memory_for_many_small_parameters(what, run_python):
+    """A MemoryError and nothing changed, whatever there is room for."""
+    run_python((SMALL_ONES + what).format())

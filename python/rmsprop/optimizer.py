@@ -373,7 +373,7 @@ class RMSprop(_core.Optimizer):
             setattr(self, key, value)
         self._add_groups(
             [
-                (group, group.get("param_names", [None] * len(group["params"])))
+                (group, list(group.get("param_names", [None] * len(group["params"]))))
                 for group in state["param_groups"]
             ]
         )

@@ -14,3 +14,15 @@ impl From<Error> for PyErr {
         }
     }
 }
+
+/// That there is so much memory at this moment: many small allocations follow, and Rust gives up the
+/// process for one that fails.
+pub(crate) fn check_room(bytes: usize) -> PyResult<()> {
+    let mut room = Vec::<u8>::new();
+    let outcome = room.try_reserve_exact(bytes);
+    // Or else the compiler leaves the allocation out.
+    std::hint::black_box(&room);
+    outcome.map_err(|_| {
+        PyMemoryError::new_err("not enough memory for what an optimizer keeps of its parameters")
+    })
+}

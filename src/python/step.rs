@@ -9,6 +9,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 
+use super::error::check_room;
 use super::group::{Group, NewState, flatten, state_spans};
 use super::options::{Change, Snapshot, config_of, is_contiguous};
 use super::tensor::work::{Assembly, Guard, Incoming, Lent, Param, Work};
@@ -23,8 +24,11 @@ use crate::state::StateKey;
 /// references that it must hold while other threads run cost 5 ns a tensor.
 pub(crate) const DETACH_BYTES: usize = 4 << 20;
 
-/// A group that is to be added: its dict, and the names of its parameters.
-pub(crate) type NewGroup<'py> = (Bound<'py, PyDict>, Vec<Option<String>>);
+/// What is kept of a parameter besides its state, and what is needed in between, at most.
+const BYTES_A_PARAMETER: usize = size_of::<Param>() + 768;
+
+/// A group that is to be added: its dict, and the names of its parameters, each a string or None.
+pub(crate) type NewGroup<'py> = (Bound<'py, PyDict>, Bound<'py, PyList>);
 
 /// The state that a parameter is to have: its index, the start value of `square_avg`, and what is
 /// not to be at its start.
@@ -651,6 +655,9 @@ impl Inner {
     /// names of these.
     pub fn add_groups(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
         let (first_group, first) = (self.groups.len(), self.params.len());
+        let count = groups.iter().map(|(_, names)| names.len()).sum::<usize>();
+        check_room((first + count).saturating_mul(BYTES_A_PARAMETER))?;
+        self.params.reserve_exact(count);
         let added = self.add_groups_or_fail(py, groups);
         // What was added may have moved, or be gone again.
         self.guard.forget();
@@ -674,6 +681,7 @@ impl Inner {
         self.steps.resize(self.params.len(), 0);
         self.incoming
             .resize_with(self.params.len(), Incoming::default);
+        self.keep.reserve(self.params.len());
         added
     }
 
@@ -726,7 +734,7 @@ impl Inner {
     fn add_params(
         &mut self,
         objects: &Bound<'_, PyTuple>,
-        names: &[Option<String>],
+        names: &Bound<'_, PyList>,
         is_contiguous: bool,
     ) -> PyResult<()> {
         let addresses = self
@@ -738,6 +746,7 @@ impl Inner {
         let taken = taken.filter_map(|(index, param)| Some((param.name.clone()?, index)));
         let mut taken: HashMap<String, usize> = taken.collect();
         for (object, name) in objects.iter().zip(names) {
+            let name: Option<String> = name.extract()?;
             let index = self.params.len();
             let param = Param::new(&object, name.clone(), index)?;
             let refuse = |wanted: &str| {

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
+use super::error::check_room;
 use super::optimizer::{max_grad_norm_of, nonfinite_name, nonfinite_of, threads_of};
 use super::options::{Change, Snapshot, TORCH_FLAGS, is_torch_config, torch_config_of};
 use super::tensor::torch::{GroupPairs, Manner, Pair, Pins, Rows, Source, Torch, Unfit, takes};
@@ -29,6 +30,8 @@ struct Contents {
     last_grad_norm: Option<f64>,
     skipped_steps: u64,
     groups: Vec<Group>,
+    /// Parameters that there was room for.
+    room: usize,
     /// Kept from step to step so that a step allocates nothing.
     pairs: Vec<Pair>,
     rows: Rows,
@@ -44,7 +47,7 @@ struct Group {
 }
 
 /// A group's dict and the tuples (index, p, g, v, m, b, step) of its parameters.
-type Listed<'py> = (Bound<'py, PyDict>, Vec<Bound<'py, PyTuple>>);
+type Listed<'py> = (Bound<'py, PyDict>, Bound<'py, PyList>);
 
 #[pymethods]
 impl Stepper {
@@ -57,6 +60,7 @@ impl Stepper {
             last_grad_norm: None,
             skipped_steps: 0,
             groups: Vec::new(),
+            room: 0,
             pairs: Vec::new(),
             rows: Rows::new(isa()?),
         })))
@@ -326,20 +330,32 @@ impl Contents {
             .map_err(not_taken)
     }
 
+    /// That there is memory for what a step notes of so many parameters, most of it small.
+    fn check_room(&mut self, count: usize) -> PyResult<()> {
+        const BYTES_A_PARAMETER: usize = 3072;
+        if count > self.room {
+            check_room(count.saturating_mul(BYTES_A_PARAMETER))?;
+            self.room = count;
+        }
+        Ok(())
+    }
+
     /// Takes listed rows instead of what the groups hold. Their tuples in one sequence.
     fn take<'py>(&mut self, listed: &[Listed<'py>]) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         self.pairs.clear();
         self.groups.clear();
+        self.check_room(listed.iter().map(|(_, rows)| rows.len()).sum())?;
         let mut tuples = Vec::new();
         for (k, (dict, rows)) in listed.iter().enumerate() {
             for row in rows {
+                let row = row.cast_into::<PyTuple>()?;
                 self.pairs.push(Pair {
                     index: row.get_item(0)?.extract()?,
                     p: row.get_item(1)?.unbind(),
                     g: row.get_item(2)?.unbind(),
                 });
+                tuples.push(row);
             }
-            tuples.extend(rows.iter().cloned());
             // Never current: the next ordinary step reads the group again.
             let mut snapshot = Snapshot::new(dict, true);
             snapshot.forget();
@@ -367,6 +383,7 @@ impl Contents {
                 return Ok(false);
             }
             let params = self.groups[k].params.clone_ref(py).into_bound(py);
+            self.check_room(index + params.len())?;
             for p in params.iter() {
                 if !self.collect_pair(torch, index, p)? {
                     return Ok(false);

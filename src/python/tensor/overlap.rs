@@ -237,19 +237,23 @@ pub(crate) struct Written {
 
 impl Written {
     /// Sorts the bounds of the arrays with these indices.
-    pub fn new<'a>(extents: impl Iterator<Item = (usize, Extent<'a>)>) -> Self {
-        let mut spans: Vec<_> = extents
-            .filter_map(|(owner, extent)| {
-                extent.bounds().map(|(start, end)| (start, end, 0, owner))
-            })
-            .collect();
+    pub fn new<'a>(
+        extents: impl ExactSizeIterator<Item = (usize, Extent<'a>)>,
+    ) -> Result<Self, OutOfMemory> {
+        let mut spans = Vec::new();
+        spans
+            .try_reserve_exact(extents.len())
+            .map_err(|_| OutOfMemory)?;
+        spans.extend(extents.filter_map(|(owner, extent)| {
+            extent.bounds().map(|(start, end)| (start, end, 0, owner))
+        }));
         spans.sort_unstable();
         let mut highest = 0;
         for span in &mut spans {
             highest = highest.max(span.1);
             span.2 = highest;
         }
-        Written { spans }
+        Ok(Written { spans })
     }
 
     /// Those whose bounds reach into `start..end`.

@@ -384,7 +384,7 @@ impl Guard {
         self.state = state();
         let extent = |owner: usize| extent_of(params, &self.state, owner);
         let written =
-            Written::new((0..params.len() + self.state.len()).map(|owner| (owner, extent(owner))));
+            Written::new((0..params.len() + self.state.len()).map(|owner| (owner, extent(owner))))?;
         if let Some((first, second)) = written.find_overlap(extent)? {
             let (first, second) = (self.name_of(params, first), self.name_of(params, second));
             return Err(PyValueError::new_err(format!(
