@@ -210,6 +210,15 @@ pub fn default_threads() -> Result<usize, Error> {
     })
 }
 
+/// As many of these threads as this process may use.
+#[cfg(feature = "python")]
+pub(crate) fn usable(threads: usize) -> usize {
+    match threads {
+        1 => 1,
+        _ => std::thread::available_parallelism().map_or(1, |most| threads.min(most.get())),
+    }
+}
+
 /// What `RMSPROP_NUM_THREADS` says, if anything.
 ///
 /// # Errors

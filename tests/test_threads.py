@@ -222,6 +222,16 @@ def test_threads_argument(run_python):
     assert 1 <= new_threads(run_python, {"threads": 3}) <= 3
 
 
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [({"threads": 10**6}, {}), ({}, {"RMSPROP_NUM_THREADS": "1000000"})],
+    ids=["argument", "variable"],
+)
+def test_no_more_threads_than_there_are_processors(options, environment, run_python):
+    made = new_threads(run_python, options, numel=8_000_000, **environment)
+    assert made <= len(os.sched_getaffinity(0)) + 4
+
+
 @pytest.mark.parametrize(("variable", "least", "most"), [("1", 0, 0), ("3", 1, 3)])
 def test_environment_variable(variable, least, most, run_python):
     made = new_threads(run_python, RMSPROP_NUM_THREADS=variable)

@@ -16,7 +16,7 @@ use crate::config::{Nonfinite, validate_max_grad_norm};
 use crate::kernel::batch::Storage;
 use crate::kernel::dispatch::isa;
 use crate::optimizer::Clipping;
-use crate::parallel::default_threads;
+use crate::parallel::{default_threads, threads_from_environment, usable};
 use crate::state::StateKey;
 
 /// The base class of `rmsprop.RMSprop`, which documents it.
@@ -54,7 +54,7 @@ impl Optimizer {
             guard: Guard::default(),
             clipping: Clipping::default(),
             threads: None,
-            default_threads: 1,
+            allowed_threads: 1,
             last_grad_norm: None,
             skipped_steps: 0,
             isa,
@@ -313,12 +313,15 @@ impl Optimizer {
 
     #[setter(threads)]
     fn set_threads(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (threads, default) = match value.is_none() {
-            true => (None, default_threads()?),
-            false => (Some(threads_of(value)?), 1),
+        let (threads, allowed) = match value.is_none() {
+            true => match threads_from_environment()? {
+                Some(threads) => (None, usable(threads)),
+                None => (None, default_threads()?),
+            },
+            false => threads_of(value).map(|threads| (Some(threads), usable(threads)))?,
         };
         let mut contents = self.contents.wait(py)?;
-        (contents.threads, contents.default_threads) = (threads, default);
+        (contents.threads, contents.allowed_threads) = (threads, allowed);
         Ok(())
     }
 

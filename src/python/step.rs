@@ -46,7 +46,8 @@ pub(crate) struct Inner {
     pub clipping: Clipping,
     /// As given; None means as many as there are.
     pub threads: Option<usize>,
-    pub default_threads: usize,
+    /// That many, or as many as this process may use.
+    pub allowed_threads: usize,
     pub last_grad_norm: Option<f64>,
     pub skipped_steps: u64,
     pub isa: Isa,
@@ -289,8 +290,7 @@ impl Inner {
         if work.bytes() >= DETACH_BYTES {
             return Ok(None);
         }
-        let allowed = self.threads.unwrap_or(self.default_threads);
-        let threads = Threads::of_step(allowed, work.bytes());
+        let threads = Threads::of_step(self.allowed_threads, work.bytes());
         Ok(Some(work.run(&self.clipping, threads, None)))
     }
 
@@ -298,7 +298,7 @@ impl Inner {
     fn step_held(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<Verdict> {
         self.is_holding = true;
         self.take_gradients(py, grads)?;
-        let allowed = self.threads.unwrap_or(self.default_threads);
+        let allowed = self.allowed_threads;
         let clipping = self.clipping;
         let Inner {
             groups,

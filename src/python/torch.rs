@@ -15,7 +15,7 @@ use super::turn::Turns;
 use crate::config::Config;
 use crate::kernel::dispatch::isa;
 use crate::optimizer::{Clipping, Outcome, Verdict};
-use crate::parallel::threads_from_environment;
+use crate::parallel::{threads_from_environment, usable};
 
 /// Steps torch tensors; `rmsprop.torch.RMSprop` has one. From step to step it keeps what the dicts of
 /// the groups hold, lists of parameters included, and small tensors, to compare; no address to read.
@@ -25,7 +25,8 @@ pub(crate) struct Stepper(Turns<Contents>);
 struct Contents {
     clipping: Clipping,
     threads: Option<usize>,
-    /// Of `RMSPROP_NUM_THREADS`.
+    /// That many, or as many as this process may use; and those of `RMSPROP_NUM_THREADS`.
+    allowed_threads: Option<usize>,
     default_threads: Option<usize>,
     last_grad_norm: Option<f64>,
     skipped_steps: u64,
@@ -56,7 +57,8 @@ impl Stepper {
         Ok(Stepper(Turns::new(Contents {
             clipping: Clipping::default(),
             threads: None,
-            default_threads: threads_from_environment()?,
+            default_threads: threads_from_environment()?.map(usable),
+            allowed_threads: None,
             last_grad_norm: None,
             skipped_steps: 0,
             groups: Vec::new(),
@@ -227,7 +229,8 @@ impl Stepper {
             true => None,
             false => Some(threads_of(value)?),
         };
-        self.0.wait(py)?.threads = threads;
+        let mut contents = self.0.wait(py)?;
+        (contents.threads, contents.allowed_threads) = (threads, threads.map(usable));
         Ok(())
     }
 
@@ -252,7 +255,7 @@ impl Contents {
     fn manner(&self, gathered: Option<Gathered>) -> Manner {
         Manner {
             clipping: self.clipping,
-            threads: self.threads.or(self.default_threads),
+            threads: self.allowed_threads.or(self.default_threads),
             gathered,
         }
     }
