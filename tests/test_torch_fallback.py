@@ -1,5 +1,8 @@
 """What the core does not take goes to torch's own rmsprop, tensor by tensor, with the same results, or is refused unharmed."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from rmsprop.torch import RMSprop
@@ -147,6 +150,44 @@ def check_parameter(kind, options, contiguous):
             everything([theirs[index]], stock),
         )
         same(found, wanted, bound=16 * torch.finfo(ours[index].dtype).eps)
+
+
+@pytest.fixture
+def given_to_torch(monkeypatch):
+    """The parameters that torch's own function is given from now on."""
+    home = importlib.import_module("torch.optim.rmsprop")
+    function, given = home.rmsprop, []
+
+    def watched(params, *args, **kwargs):
+        given.extend(params)
+        return function(params, *args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if module is home or name.partition(".")[0] == "rmsprop":
+            for key, value in list(vars(module).items()):
+                if value is function:
+                    monkeypatch.setattr(module, key, watched)
+    return given
+
+
+@EVERY_OPTION
+def test_no_other_parameter_goes_to_torch(options, given_to_torch):
+    """One among hundreds does not change a bit of theirs."""
+    made = []
+    for has_odd in (True, False):
+        params = [nn.Parameter(random(seed, (7,))) for seed in range(500)]
+        odd = nn.Parameter(random(1, dtype=torch.float16))
+        opt = RMSprop([*params[:250], odd, *params[250:]], **options)
+        for step in range(3):
+            for seed, param in enumerate(params):
+                param.grad = random(1000 * step + seed, (7,))
+            odd.grad = random(step, dtype=torch.float16) if has_odd else None
+            opt.step()
+        made.append(everything(params, opt))
+        if has_odd:
+            assert [param is odd for param in given_to_torch] == [True] * 3
+    assert len(given_to_torch) == 3
+    same(*made)
 
 
 GRADIENTS = {

@@ -116,12 +116,12 @@ def copy_into(side):
 
 
 def resize(side):
-    """A parameter and its state grow, as an embedding does."""
-    param = side.params[0]
-    state = side.opt.state[param]
-    param.data = torch.cat([param.data, param.data[:2] + 1])
-    for key in set(state) - {"step"}:
-        state[key] = torch.cat([state[key], torch.zeros_like(state[key][:2])])
+    """A parameter that has dimensions and its state grow, as an embedding does."""
+    for param in [param for param in side.params if param.dim() > 0][:1]:
+        state = side.opt.state[param]
+        param.data = torch.cat([param.data, param.data[:2] + 1])
+        for key in set(state) - {"step"}:
+            state[key] = torch.cat([state[key], torch.zeros_like(state[key][:2])])
 
 
 def transpose(side):
@@ -182,7 +182,7 @@ def swap_a_parameter(side):
 def drop_a_parameter(side):
     """Not the last of its group."""
     listed = side.opt.param_groups[0]["params"]
-    if len(listed) > 1:
+    if len(listed) > 2:  # other edits need two
         dropped = listed.pop()
         side.opt.state.pop(dropped)
         side.params = [param for param in side.params if param is not dropped]
