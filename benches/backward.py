@@ -1,12 +1,13 @@
 """Times a backward with the optimizer's step after it and in it.
 
     python benches/backward.py [--width 2048] [--layers 8] [--batch 16] [--threads 1]
+    python benches/backward.py --tensors 500,2000,8000   # microseconds for each of them
 
 A perceptron of square layers, by default larger than the last-level cache: 403 MB of
-parameters, state and gradients. Every contender trains one of its own; they take turns as
-in `rmsprop.bench`. A sample is a backward, the step, and setting the gradients to None; the
-forward is not in it. "after" and "in" are where the step is. torch's in the backward is the
-way of its tutorial: a hook and an optimizer for each parameter.
+parameters, state and gradients. Every contender trains one of its own; they take turns. A
+sample is a backward, the step, and setting the gradients to None; the forward is not in it.
+"after" and "in" are where the step is. torch's in the backward is the way of its tutorial:
+a hook and an optimizer for each parameter.
 
 Two are without a step: in one the gradients are dropped after the backward, in the other in
 it, as soon as they are complete. What is between them no optimizer saves: most of it is that
@@ -18,31 +19,30 @@ what was there before the model, parameters and state. That is gradients and wha
 between. "mapped" is the same where every large tensor is a mapping of its own
 (MALLOC_MMAP_THRESHOLD_): otherwise the first backward leaves holes between the state that is
 made in it, and glibc 2.36 does not use them for the next gradients if tensors are large.
+
+`--tensors` is about what each hook costs: models of so many tensors of one element. That
+cost should not depend on how many there are.
 """
 
 import argparse
 import functools
-import json
 import os
-import shlex
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import rmsprop.torch
 import torch
-from rmsprop.bench import report, timing
-from rmsprop.bench.timing import ALPHA, EPS, Run
+from harness.report import Report, numbers, parser
+from harness.timing import ALPHA, EPS, Contender, Run, measure, summary
 
 Train = Callable[[torch.Tensor], None]  # a backward and a step
 Make = Callable[..., torch.optim.Optimizer]
 
 LR = 1e-6  # the loss hardly moves, so that every sample has the same numbers
-WIDTHS = (10, 10, 8, 6, 9, 9)  # of the columns after the name
+SAMPLE_S = 5e-3
 
 
 def without_step(net: torch.nn.Module) -> Train:
@@ -121,21 +121,34 @@ def perceptron(args: argparse.Namespace) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers)
 
 
-def contender(name: str, args: argparse.Namespace) -> tuple[Run, torch.nn.Module]:
-    net = perceptron(args)
-    batch = torch.randn(args.batch, args.width)
+def training(
+    name: str, net: torch.nn.Module, forward: Callable[[], torch.Tensor]
+) -> Run:
+    """That contender's backward and step, the forward not counted."""
     train = CONTENDERS[name](net)
 
     def run(steps: int) -> int:
         counted = 0
         for _ in range(steps):
-            loss = net(batch).square().mean()
+            loss = forward()
             start = time.perf_counter_ns()
             train(loss)
             counted += time.perf_counter_ns() - start
         return counted
 
-    return run, net
+    return run
+
+
+def contender(name: str, args: argparse.Namespace) -> tuple[Run, torch.nn.Module]:
+    net = perceptron(args)
+    batch = torch.randn(args.batch, args.width)
+    return training(name, net, lambda: net(batch).square().mean()), net
+
+
+def of_single_elements(name: str, tensors: int) -> Run:
+    net = torch.nn.ParameterList(torch.ones(1) for _ in range(tensors))
+    parameters = list(net)
+    return training(name, net, lambda: torch.cat(parameters).square().sum())
 
 
 def check(args: argparse.Namespace) -> None:
@@ -187,70 +200,75 @@ def megabytes(net: torch.nn.Module) -> float:
     return sum(p.nbytes for p in net.parameters()) / 1e6
 
 
-def line(name: str, *cells: str) -> str:
-    return f"  {name:24}" + "".join(x.rjust(width) for x, width in zip(cells, WIDTHS))
+def time_perceptron(report: Report, args: argparse.Namespace, given: list[str]) -> None:
+    """The table of one model: milliseconds, and megabytes if they are asked for."""
+    check(args)
+    runs = {
+        name: Contender(contender(name, args)[0], args.threads) for name in CONTENDERS
+    }
+    times = measure(runs, SAMPLE_S, args.seconds)
+    title = f"{args.layers} layers of {args.width}"
+    columns = ["median", "min", "/ ours", "n", *(("peak MB", "mapped") * args.peak)]
+    report.table(f"{title}, {megabytes(perceptron(args)):.3g} MB, ms", columns)
+    ours = summary(next(iter(times.values())))
+    for name, samples in times.items():
+        row = summary(samples)
+        cells = [row["median_us"] / 1e3, row["min_us"] / 1e3]
+        cells += [row["median_us"] / ours["median_us"], row["samples"]]
+        if args.peak:
+            row["peak_mb"] = peak(name, given)
+            row["mapped_mb"] = peak(name, given, MALLOC_MMAP_THRESHOLD_="100000")
+            cells += [row["peak_mb"], row["mapped_mb"]]
+        report.row(name, *cells)
+        report.results.append({"contender": name, **row})
+
+
+def time_tensors(report: Report, args: argparse.Namespace) -> None:
+    """The table of models of many small tensors: microseconds for each tensor."""
+    names = ("rmsprop, after", "rmsprop, in", "no step, dropped in")
+    report.table("tensors of one element, us a tensor", names)
+    for size in args.tensors:
+        runs = {
+            name: Contender(of_single_elements(name, size), args.threads)
+            for name in names
+        }
+        times = measure(runs, SAMPLE_S, args.seconds)
+        rows = {name: summary(samples) for name, samples in times.items()}
+        cells = (row["median_us"] / size for row in rows.values())
+        report.row(f"{size:,} tensors", *cells)
+        report.results += [
+            {"tensors": size, "contender": name, **row} for name, row in rows.items()
+        ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=2048, help="of each layer")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=60, help="to go on sampling")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument(
+    asked = parser(__doc__, seconds=60.0)
+    add = asked.add_argument
+    add("--width", type=int, default=2048, help="of each layer")
+    add("--layers", type=int, default=8)
+    add("--batch", type=int, default=16)
+    add("--tensors", type=numbers(1), metavar="N,M", help="in place of layers")
+    add("--threads", type=int, default=1)
+    add(
         "--peak",
         action=argparse.BooleanOptionalAction,
         default=sys.platform == "linux",
         help="measure memory too",
     )
-    parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    add("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)
     given = sys.argv[1:]
-    args = parser.parse_args(given)
+    args = asked.parse_args(given)
     torch.set_num_threads(args.threads)
     if args.peak_of:
         print(peak_here(args.peak_of, args))
         return
-    try:
-        report.check_folder("--json", args.json or Path())
-    except ValueError as error:
-        parser.error(str(error))
-
-    about = report.context(shlex.join(["python", "benches/backward.py", *given]))
-    print(report.headline(about))
-    size = report.digits(megabytes(perceptron(args)))
-    print(f"{args.layers} layers of {args.width}: {size} MB of parameters")
-    check(args)
-    runs = [contender(name, args)[0] for name in CONTENDERS]
-    times = timing.measure(runs, 5e-3, args.seconds)
-    medians = [statistics.median(samples) / 1e3 for samples in times]
-    results = []
-    header = ["median", "min", "/ ours", "n", *(("peak MB", "mapped") * args.peak)]
-    print("\n" + line("ms", *header))
-    for name, samples, median in zip(CONTENDERS, times, medians):
-        row: dict[str, Any] = {
-            "contender": name,
-            "median_ms": median,
-            "min_ms": min(samples) / 1e3,
-            "median_ratio": median / medians[0],
-            "samples": len(samples),
-        }
-        if args.peak:
-            row["peak_mb"] = peak(name, given)
-            row["mapped_mb"] = peak(name, given, MALLOC_MMAP_THRESHOLD_="100000")
-        cells = [
-            f"{x:,}" if isinstance(x, int) else report.digits(x)
-            for x in list(row.values())[1:]
-        ]
-        print(line(name, *cells), flush=True)
-        results.append(row)
-    if args.json:
-        options = {
-            key: vars(args)[key] for key in ("width", "layers", "batch", "threads")
-        }
-        document = {**about, **options, "results": results}
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    report = Report()
+    if args.tensors:
+        time_tensors(report, args)
+    else:
+        time_perceptron(report, args, given)
+    options = ("width", "layers", "batch", "threads")
+    report.end(args.json, **{key: vars(args)[key] for key in options})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ spell of the machine nor where memory happens to lie falls on one of them alone.
 the median of its samples of every case; printed are the medians over the rounds, and the
 median, the quartiles and the extremes of the rounds' ratios. A ratio above 1 is a loss.
 
-Both are measured by the code of this tree's `rmsprop.bench`, whatever they have of it.
+Both are measured by this tree's `benches/harness`.
 """
 
 import argparse
@@ -22,12 +22,11 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "python" / "rmsprop"
+QUICK = ["mlp64", "mlp256", "many", "1m", "10m"]
 SAMPLE_S = 2e-3
 Key = tuple[str, str, int]  # case, front, threads
 
@@ -98,53 +97,41 @@ def measure_here(site: str, keys: list[Key], seconds: float) -> list[float]:
     found = Path(rmsprop.__file__)
     if not found.is_relative_to(site):
         sys.exit(f"expected rmsprop in {site}, got {found}")
-    for name in ("machine", "bench"):
-        path = PACKAGE / f"{name}.py"
-        if not path.exists():
-            path = PACKAGE / name / "__init__.py"
-        spec = spec_from_file_location(f"rmsprop.{name}", path)
-        sys.modules[f"rmsprop.{name}"] = module = module_from_spec(spec)
-        setattr(rmsprop, name, module)
-        spec.loader.exec_module(module)
-    from rmsprop.bench import timing
-    from rmsprop.bench.cases import CASES, Plan, make_case, rivals
+    from harness.cases import CASES, make_arrays, rivals
+    from harness.timing import Contender
+    from harness.timing import measure as sample
 
     medians = []
     for name, front, threads in keys:
-        ours = rivals(front, name, Plan(SAMPLE_S, seconds))["rmsprop"]
-        params, grads = make_case(front, CASES[name].shapes)
-        _, run = ours(params(), grads, threads)
-        (samples,) = timing.measure([run], SAMPLE_S, seconds)
+        ours = rivals(front, CASES[name])["rmsprop"]
+        params, grads = make_arrays(front, CASES[name].shapes)
+        contender = Contender(ours(params(), grads, threads), threads)
+        (samples,) = sample({name: contender}, SAMPLE_S, seconds).values()
         medians.append(statistics.median(samples))
     return medians
 
 
 def parse() -> tuple[argparse.Namespace, list[Key]]:
     # Not at the top of the file: the process of `measure` has another rmsprop.
-    from rmsprop.bench.cases import CASES, QUICK
+    from harness.cases import CASES, FRONTS, rivals
+    from harness.report import numbers, some_of
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("base", help="a commit")
-    parser.add_argument("head", nargs="?", help="another; or else the working tree")
-    parser.add_argument("--cases", default=",".join(QUICK), help="comma-separated")
-    parser.add_argument("--front", default="arrays", help="comma-separated")
-    parser.add_argument("--threads", default="1", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument(
-        "--seconds", type=float, default=0.2, help="of each case in each round"
-    )
+    add = parser.add_argument
+    add("base", help="a commit")
+    add("head", nargs="?", help="another; or else the working tree")
+    add("--cases", type=some_of(list(CASES)), default=QUICK, metavar="A,B")
+    add("--front", type=some_of(FRONTS), default=["arrays"], metavar="A,B")
+    add("--threads", type=numbers(1), default=[1], metavar="N,M")
+    add("--rounds", type=int, default=20)
+    add("--seconds", type=float, default=0.2, help="of each case in each round")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds: expected 2 or more")
-    cases, fronts = args.cases.split(","), args.front.split(",")
-    for given, known in ((cases, CASES), (fronts, ("arrays", "torch"))):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"expected some of {', '.join(known)}, got {unknown[0]!r}")
-    threads = map(int, args.threads.split(","))
     keys = [
         (case, front, count)
-        for case, front, count in product(cases, fronts, threads)
-        if front == "torch" or CASES[case].kind == "plain"
+        for case, front, count in product(args.cases, args.front, args.threads)
+        if rivals(front, CASES[case])
     ]
     if not keys:
         parser.error("--front: arrays have none of these cases")

@@ -1,6 +1,6 @@
 """Times whole training loops, and what the optimizer and clipping take of them.
 
-    python benches/loop.py [--loops a2c,conv] [--seconds 20] [--threads 1] [--json FILE]
+    python benches/loop.py [--loops a2c,conv] [--seconds 20] [--json FILE]
 
 a2c      Stable-Baselines3's A2C on CartPole-v1 with its defaults, environment included
 a2c-sb3  the same with RMSpropTFLike, which SB3 recommends where training is unstable
@@ -8,6 +8,9 @@ impala   the learner of examples/impala.py, alone: it takes rollouts that an act
          recorded, learns, and hands over the model
 digits   the NumPy perceptron of examples/digits.py, which does not clip
 conv     two convolutions and a linear layer in torch, on the same images
+numpy-1m, numpy-4m, numpy-12m
+         three square layers in NumPy with so many elements, batches of 64; their BLAS has
+         two threads, and ours one or two. The others have one thread each.
 
 The first contender is what such a loop has without rmsprop. A sample is a new training
 from the same seed: some updates that do not count, after which the parameters must be
@@ -25,9 +28,6 @@ What that one takes is what taking a time adds to each.
 
 import argparse
 import gc
-import json
-import random
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,8 +41,10 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from rmsprop import RMSprop, dialect, machine
-from rmsprop.bench import report
+from harness import is_installed
+from harness.report import Report, digits, parser, some_of
+from harness.timing import turns
+from rmsprop import RMSprop, dialect
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SEED, SAMPLE_S, WARM_UP = 0, 0.2, 20  # updates that do not count
@@ -144,7 +146,7 @@ def impala() -> Contenders:
     return {name: partial(start, name) for name in ("torch", "rmsprop")}
 
 
-def digits() -> Contenders:
+def numpy_digits() -> Contenders:
     example = import_module("digits")
     images, _, labels, _ = example.load()
 
@@ -199,12 +201,43 @@ def conv() -> Contenders:
     return {"torch": partial(start, torch.optim.RMSprop), "rmsprop": ours}
 
 
-LOOPS: dict[str, Callable[[], Contenders]] = {
-    "a2c": a2c,
-    "a2c-sb3": partial(a2c, recommended=True),
-    "impala": impala,
-    "digits": digits,
-    "conv": conv,
+def numpy_layers(width: int) -> Contenders:
+    example = import_module("digits")
+    rng = np.random.default_rng(SEED)
+    x, wanted = rng.standard_normal((2, 64, width), dtype=np.float32)
+
+    def start(kind: type, **options: object) -> Training:
+        net = example.Perceptron(SEED, (width,) * 4)
+        opt = kind(net.parameters(), lr=1e-6, **options)
+
+        def run(updates: int) -> None:
+            for _ in range(updates):
+                net.backward((net.forward(x) - wanted) / len(x))
+                opt.step()
+
+        return Training(run, opt, [p.data for p in net.parameters()])
+
+    return {
+        "NumPy by hand": partial(start, example.ByHand),
+        "rmsprop, threads=1": partial(start, RMSprop, threads=1),
+        "rmsprop, threads=2": partial(start, RMSprop, threads=2),
+    }
+
+
+class Loop(NamedTuple):
+    contenders: Callable[[], Contenders]
+    threads: int = 1  # of torch, of BLAS, and of rmsprop at most
+
+
+LOOPS = {
+    "a2c": Loop(a2c),
+    "a2c-sb3": Loop(partial(a2c, recommended=True)),
+    "impala": Loop(impala),
+    "digits": Loop(numpy_digits),
+    "conv": Loop(conv),
+    "numpy-1m": Loop(partial(numpy_layers, 592), 2),
+    "numpy-4m": Loop(partial(numpy_layers, 1200), 2),
+    "numpy-12m": Loop(partial(numpy_layers, 2000), 2),
 }
 
 
@@ -223,9 +256,9 @@ def batches(images: Any, labels: Any, size: int) -> Iterator[tuple[Any, Any]]:
 
 def limit_threads(count: int) -> None:
     """Those of torch, of NumPy's BLAS and of rmsprop, as far as they are there."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(count)
-    if machine.is_installed("threadpoolctl"):  # scikit-learn brings it
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
+    if is_installed("threadpoolctl"):  # scikit-learn brings it
         import_module("threadpoolctl").threadpool_limits(count)
 
 
@@ -265,15 +298,11 @@ def measure(contenders: Contenders, seconds: float, rounds: int) -> list[Row]:
     fastest = min(times["update_us"] for times, _ in trials.values())
     updates = max(1, round(sample_s * 1e6 / fastest))
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    turns, deadline = list(contenders), time.perf_counter() + seconds
-    shuffle = random.Random(SEED).shuffle  # its own: A2C seeds that of the module
-    while len(samples[first]) < rounds or time.perf_counter() < deadline:
-        shuffle(turns)
-        for name in turns:
-            times, parameters = sample(contenders[name], updates)
-            for ours, peer in zip(parameters, wanted):
-                np.testing.assert_allclose(ours, peer, 0, TOLERANCE, err_msg=name)
-            samples[name].append(times)
+    for name, start in turns(contenders, seconds, rounds):
+        times, parameters = sample(start, updates)
+        for ours, peer in zip(parameters, wanted):
+            np.testing.assert_allclose(ours, peer, 0, TOLERANCE, err_msg=name)
+        samples[name].append(times)
     rows = []
     for name, found in samples.items():
         row: Row = {"contender": name, "rounds": len(found), "updates": updates}
@@ -285,66 +314,50 @@ def measure(contenders: Contenders, seconds: float, rounds: int) -> list[Row]:
     return rows
 
 
-def show(loop: str, rows: list[Row]) -> None:
+def show(report: Report, loop: str, rows: list[Row]) -> None:
     """Prints the table of one loop."""
-    line = "  {:20}{:>8}{:>8}{:>7}{:>8}{:>7}{:>9}  {}".format
-    print(f"\n{loop}: {rows[0]['rounds']} rounds of {rows[0]['updates']} updates")
-    header = ("update", "step", "share", "clip", "share", "speedup", "quartiles")
-    print(line("", *header))
+    title = f"{loop}: {rows[0]['rounds']} rounds of {rows[0]['updates']} updates, us"
+    columns = ("update", "step", "share", "clip", "share", "speedup", "quartiles")
+    report.table(title, columns)
     for row in rows:
-        cells = [row["contender"], report.digits(row["update_us"])]
+        cells: list[str | float] = [row["update_us"]]
         for us, share in (("step_us", "step_share"), ("clip_us", "clip_share")):
-            found = report.digits(row[us]), f"{row[share]:.1%}"
-            cells += found if row[us] else ("-", "-")
-        low, high = row["speedup_quartiles"]
-        speedup = f"{row['speedup']:.3f}", f"{low:.3f}-{high:.3f}"
-        cells += ("", "") if row is rows[0] else speedup
-        print(line(*cells).rstrip(), flush=True)
+            cells += (row[us], f"{row[share]:.1%}") if row[us] else ("-", "-")
+        if row is not rows[0]:
+            low, high = map(digits, row["speedup_quartiles"])
+            cells += (row["speedup"], f"{low}-{high}")
+        report.row(row["contender"], *cells)
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--loops", default=",".join(LOOPS), metavar="A,B", help="all, if left out")
-    add("--seconds", type=float, default=20.0, help="to go on sampling in each loop")
-    add("--rounds", type=int, default=5, help="at least")
-    add("--threads", type=int, default=1)
-    add("--json", type=Path, metavar="FILE", help="write the results there")
-    args = parser.parse_args()
-    loops = args.loops.split(",")
-    if unknown := [name for name in loops if name not in LOOPS]:
-        known = ", ".join(LOOPS)
-        parser.error(f"--loops: expected some of {known}, got {unknown[0]!r}")
-    if args.rounds < 2:
-        parser.error("--rounds: expected 2 or more")
-    try:
-        report.check_folder("--json", args.json or Path())
-    except ValueError as error:
-        parser.error(str(error))
-    return args, loops
+def measure_loops(
+    report: Report, loops: list[str], seconds: float, rounds: int = 5
+) -> None:
+    """Measures these and adds what was found to the report."""
+    sys.path.insert(0, str(EXAMPLES))
+    for loop in loops:
+        try:
+            contenders = LOOPS[loop].contenders()
+        except ImportError as error:
+            report.left_out[loop] = str(error)
+            continue
+        threads = LOOPS[loop].threads
+        limit_threads(threads)
+        rows = measure(contenders, seconds, rounds)
+        show(report, loop, rows)
+        report.results += [{"loop": loop, "threads": threads, **row} for row in rows]
 
 
 def main() -> None:
-    args, loops = parse()
-    about = report.context(f"python benches/loop.py {shlex.join(sys.argv[1:])}")
-    about["versions"] |= machine.versions("stable_baselines3")
-    print(report.headline(about))
-    sys.path.insert(0, str(EXAMPLES))
-    results, left_out = list[Row](), dict[str, str]()
-    for loop in loops:
-        try:
-            contenders = LOOPS[loop]()
-        except ImportError as error:
-            left_out[loop] = str(error)
-            print(f"\n{loop}: left out: {error}")
-            continue
-        limit_threads(args.threads)
-        rows = measure(contenders, args.seconds, args.rounds)
-        show(loop, rows)
-        results += [{"loop": loop, "threads": args.threads, **row} for row in rows]
-    if args.json:
-        found = {**about, "left_out": left_out, "results": results}
-        args.json.write_text(f"{json.dumps(found, indent=2)}\n")
+    asked = parser(__doc__, seconds=20.0)
+    add = asked.add_argument
+    add("--loops", type=some_of(list(LOOPS)), default=list(LOOPS), metavar="A,B")
+    add("--rounds", type=int, default=5, help="at least")
+    args = asked.parse_args()
+    if args.rounds < 2:
+        asked.error("--rounds: expected 2 or more")
+    report = Report("stable_baselines3")
+    measure_loops(report, args.loops, args.seconds, args.rounds)
+    report.end(args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times what a step costs a tensor: from 1 to 10,000 tensors of 100 f32 each, one thread.
 
-    python benches/tensors.py [--front torch] [--sizes 1,10,100] [--plot tensors.svg]
+    python benches/tensors.py [--front torch] [--sizes 1,10,100]
 
 Printed are nanoseconds a tensor, medians of interleaved rounds. With few tensors that is
 mostly the call, divided; with many what a step does for each of them, and from some
@@ -14,111 +14,61 @@ filled once: it has that easier than in a loop.
 An asterisk marks another rule than RMSprop's.
 """
 
-import argparse
-import shlex
-import sys
 from functools import partial
-from importlib import import_module
 
-import rmsprop
-from rmsprop.bench import array_rivals, sweep
-from rmsprop.bench.report import digits
-from rmsprop.bench.timing import ALPHA, EPS, LR, Arrays, Contender, Factory, measure
+from harness import array_rivals
+from harness.cases import FRONTS, contenders, fronts
+from harness.report import Report, numbers, parser, some_of
+from harness.timing import Factory, measure, summary
 
 ELEMENTS = 100
-SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
+SIZES = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000]
 SAMPLE_S = 5e-3
-WIDTH = 11  # of a column
 
 
-def by_parameters(
-    contiguous: bool, params: Arrays, grads: Arrays, threads: int
-) -> Contender:
-    """Ours, with each gradient in the `.grad` of its parameter."""
-    wrapped = [rmsprop.Parameter(p) for p in params]
-    for parameter, grad in zip(wrapped, grads):
-        parameter.grad = grad
-    step = rmsprop.RMSprop(
-        wrapped, lr=LR, contiguous_params=contiguous, threads=threads
-    ).step
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            step()
-
-    return "", run
-
-
-def contenders(front: str, tensors: int, compiled: bool) -> sweep.Contenders:
+def factories(front: str) -> dict[str, Factory]:
     """By name, ours first."""
-    found: dict[str, Factory]
     if front == "arrays":
         rivals = ("numpy, tuned", "numba", "numba, at once")
-        found = {
+        return {
             "rmsprop, grads=": array_rivals.ours,
-            "rmsprop, .grad": partial(by_parameters, False),
-            "rmsprop, contiguous": partial(by_parameters, True),
+            "rmsprop, .grad": partial(array_rivals.by_parameters, False),
+            "rmsprop, contiguous": partial(array_rivals.by_parameters, True),
             **{name: array_rivals.RIVALS[name] for name in rivals},
         }
-    else:
-        torch_rivals = import_module("rmsprop.bench.torch_rivals")
-        known = torch_rivals.rivals("plain", tensors, compiled, False)
-        ours = import_module("rmsprop.torch").RMSprop
-        flat = partial(ours, alpha=ALPHA, eps=EPS, contiguous_params=True)
-        names = ("torch, foreach", "torch", "compiled", "fused SGD*", "fused Adagrad*")
-        found = {
-            "rmsprop": known["rmsprop"],
-            "rmsprop, contiguous": partial(torch_rivals.by_torch, "plain", flat),
-            **{name: known[name] for name in names if name in known},
-        }
-    return {name: (factory, 1) for name, factory in found.items()}
+    from harness import torch_rivals
 
-
-def table(found: sweep.Sweep, front: str, args: argparse.Namespace) -> None:
-    """Measures one front."""
-    names = list(contenders(front, 1, args.compile > 0))
-    title = f"{front}, ns a tensor of {ELEMENTS} elements"
-    found.head(title, ("tensors", *names), WIDTH)
-    for size in args.sizes:
-        made = contenders(front, size, size <= args.compile)
-        runs = found.runs(front, [(ELEMENTS,)] * size, made)
-        times = measure(list(runs.values()), SAMPLE_S, args.seconds)
-        points = found.add(front, "hot", size, dict(zip(runs, times)))
-        ns = {name: point.median_us * 1e3 / size for name, point in points.items()}
-        cells = (digits(ns[name]) if name in ns else "-" for name in names)
-        found.row((f"{size:,}", *cells))
-
-
-def plot(found: sweep.Sweep, args: argparse.Namespace) -> None:
-    """Saves a panel for each front."""
-    figure = import_module("matplotlib.figure").Figure(
-        figsize=(5.5 * len(found.fronts), 4.5), layout="constrained"
-    )
-    row = figure.subplots(1, len(found.fronts), squeeze=False, sharey=True)[0]
-    for axes, front in zip(row, found.fronts):
-        points = (p for p in found.points if p.front == front)
-        sweep.draw(axes, points, lambda point: 1e-6 / point.size)
-        axes.set_title(f"{front}, 1 thread", fontsize=9, loc="left")
-        axes.set_xlabel(f"tensors of {ELEMENTS} elements", fontsize=8)
-        sweep.legend(axes)
-    row[0].set_ylabel("median time of a step, a tensor", fontsize=8)
-    sweep.save(figure, found.about, "* another rule", args.plot)
+    known = torch_rivals.rivals("plain", compiled=False)
+    flat = partial(torch_rivals.OURS, contiguous_params=True)
+    names = ("torch, foreach", "torch", "fused SGD*", "fused Adagrad*")
+    return {
+        "rmsprop": known["rmsprop"],
+        "rmsprop, contiguous": partial(torch_rivals.by_torch, flat),
+        **{name: known[name] for name in names},
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sweep.add_arguments(parser, SIZES, "tensors")
-    parser.add_argument(
-        "--compile", type=int, default=0, metavar="N", help="torch.compile up to N"
-    )
-    args = parser.parse_args()
-    command = shlex.join(["python", "benches/tensors.py", *sys.argv[1:]])
-    found = sweep.Sweep(parser, args, command)
-    for front in found.fronts:
-        table(found, front, args)
-    found.end()
-    if args.plot:
-        plot(found, args)
+    asked = parser(__doc__, seconds=1.0)
+    asked.add_argument("--sizes", type=numbers(1), metavar="N,M", default=SIZES)
+    asked.add_argument("--front", type=some_of(FRONTS), metavar="A,B")
+    args = asked.parse_args()
+    report = Report()
+    for front in args.front or fronts(report.left_out):
+        found = {name: (factory, 1) for name, factory in factories(front).items()}
+        report.table(f"{front}, ns a tensor of {ELEMENTS} elements", list(found))
+        for size in args.sizes:
+            made = contenders(front, [(ELEMENTS,)] * size, found)
+            runs = {name: contender for name, contender, _ in made}
+            times = measure(runs, SAMPLE_S, args.seconds)
+            rows = {name: summary(samples) for name, samples in times.items()}
+            place = {"front": front, "size": size}
+            report.results += [
+                {**place, "contender": name, **row} for name, row in rows.items()
+            ]
+            ns = {name: row["median_us"] * 1e3 / size for name, row in rows.items()}
+            report.row(f"{size:,} tensors", *(ns.get(name, "-") for name in found))
+    report.end(args.json)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 import json
 import os
-from xml.etree import ElementTree
+import re
 
+import numpy as np
 import pytest
 import rmsprop
-from rmsprop import machine
-
-BENCH = ("bench", "--cases", "mlp64", "--seconds", "0.01")
-ARRAYS = (*BENCH, "--front", "arrays", "--threads", "1")
+from rmsprop import bench, machine
 
 # As if these were not installed: imports fail and nothing is found.
 WITHOUT = """
@@ -97,66 +95,78 @@ def test_info_of_a_wrong_environment(command):
     assert "Traceback" not in finished.stderr
 
 
-def test_bench(command, tmp_path):
-    """The JSON on stdout, the table on stderr, and the plot, from one run."""
-    finished = command(*ARRAYS, "--json", "-", "--plot", "step.svg")
-    said = json.loads(finished.stdout)
-    assert said["command"].startswith("python -m rmsprop bench --cases mlp64")
-    assert said["machine"]["processor"]
-    assert said["machine"]["cores"] >= 1
-    assert said["versions"]["rmsprop"] == rmsprop.__version__
-    assert len(said["date"]) == len("2026-01-01T00:00:00+00:00")
-    first, *others = said["results"]
-    assert first["rival"] == "rmsprop"
-    assert {"numpy", "numpy, tuned"} <= {row["rival"] for row in others}
-    for row in said["results"]:
-        assert (row["front"], row["case"], row["threads"]) == ("arrays", "mlp64", 1)
-        assert row["samples"] >= 5
-        for kind in ("median", "min"):
-            ratio = row[f"{kind}_us"] / first[f"{kind}_us"]
-            assert row[f"{kind}_ratio"] == pytest.approx(ratio)
-    assert "numpy, tuned" in finished.stderr
-    assert ElementTree.parse(tmp_path / "step.svg").getroot().tag.endswith("svg")
+def times(printed):
+    """Of the table that `bench` prints: microseconds of a step and of a loop."""
+    found = {}
+    for line in printed.splitlines():
+        if line.endswith("x"):
+            cells = line[20:].replace("x", "").replace(",", "").split()
+            found[line[:20].strip()] = tuple(map(float, cells))
+    return found
+
+
+def test_bench(command):
+    """All that is installed is in the table, beside ours of the same front."""
+    printed = command("bench").stdout
+    assert printed.startswith(f"rmsprop {rmsprop.__version__}, {rmsprop.info()['isa']}")
+    found = times(printed)
+    wanted = ["rmsprop", "NumPy by hand"]
+    wanted += ["numba's loop"] * machine.is_installed("numba")
+    if machine.is_installed("torch"):
+        wanted += ["rmsprop.torch", "torch.optim"]
+    assert list(found) == wanted
+    for name, (step_us, of_step, loop_us, of_loop) in found.items():
+        ours = found["rmsprop.torch" if "torch" in name else "rmsprop"]
+        assert of_step == pytest.approx(step_us / ours[0], rel=0.01)
+        assert of_loop == pytest.approx(loop_us / ours[2], rel=0.01)
+    assert "left out" not in printed or len(wanted) < 5
+
+
+def test_rivals_that_are_not_installed_are_named(command):
+    """And nothing but NumPy is needed."""
+    printed = command("bench", without="numba,torch,threadpoolctl").stdout
+    assert list(times(printed)) == ["rmsprop", "NumPy by hand"]
+    for rival in ("numba", "torch"):
+        assert re.search(f"^left out: .*{rival}", printed, re.MULTILINE)
+
+
+def test_bench_compares_what_is_the_same():
+    """Ours and its rivals update alike."""
+    params, *data = bench.arrays("a loop")
+    by_hand, ours = [p.copy() for p in params], [p.copy() for p in params]
+    step = bench.by_hand(by_hand)
+    opt = rmsprop.RMSprop(ours, **bench.HYPER)
+    moved = {"by hand": by_hand, "ours": ours}
+    if machine.is_installed("numba"):
+        moved["numba"] = [p.copy() for p in params]
+        by_numba = bench.by_numba(moved["numba"])
+    for _ in range(3):
+        grads = bench.backward(by_hand, *data)
+        step(grads)
+        opt.step(grads=grads)
+        if "numba" in moved:
+            by_numba(grads)
+    for arrays in moved.values():
+        for p, start, wanted in zip(arrays, params, by_hand):
+            assert (p != start).any()
+            np.testing.assert_allclose(p, wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(not machine.is_installed("torch"), reason="needs torch")
-def test_bench_on_torch(command, tmp_path):
-    arguments = (*BENCH, "--front", "torch", "--threads", "1", "--json", "step.json")
-    finished = command(*arguments, "--plot", "step.png")
-    assert "torch, foreach" in finished.stdout
-    said = json.loads((tmp_path / "step.json").read_text())
-    assert {"rmsprop", "torch"} <= {row["rival"] for row in said["results"]}
-    assert "mlp64" in said["left_out"]["torch.compile"]
-    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+def test_gradients_of_the_loop_are_those_of_torch():
+    import torch
+
+    params, x, wanted = bench.arrays("a loop")
+    tensors = [torch.from_numpy(p).requires_grad_() for p in params]
+    y = torch.from_numpy(x)
+    for k in range(0, 6, 2):
+        y = (y.relu() if k else y) @ tensors[k] + tensors[k + 1]
+    (0.5 * (y - torch.from_numpy(wanted)).square().mean()).backward()
+    for tensor, grad in zip(tensors, bench.backward(params, x, wanted)):
+        np.testing.assert_allclose(tensor.grad.numpy(), grad, rtol=1e-4, atol=1e-6)
 
 
-def test_rivals_that_are_not_installed_are_named(command, tmp_path):
-    """And nothing but NumPy is needed."""
-    without = "matplotlib,numba,rich,torch,threadpoolctl"
-    finished = command(*BENCH, "--json", "step.json", without=without)
-    said = json.loads((tmp_path / "step.json").read_text())
-    assert said["results"]
-    for rival in ("numba", "torch"):
-        assert "pip install" in said["left_out"][rival]
-        assert f"  {rival}: {said['left_out'][rival]}" in finished.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "without", "message"),
-    [
-        (["--plot", "step.png"], "matplotlib", "pip install matplotlib"),
-        (["--plot", "step.gif"], None, "'step.gif'"),
-        (["--plot", "nowhere/step.png"], None, "nowhere"),
-        (["--json", "nowhere/step.json"], None, "nowhere"),
-        (["--cases", "mlp64,mlp65"], None, "'mlp65'"),
-        (["--front", "jax"], None, "'jax'"),
-        (["--front", "torch"], "torch", "pip install torch"),
-        (["--threads", "0"], None, "'0'"),
-    ],
-)
-def test_what_cannot_be_done_is_said_before_measuring(
-    arguments, without, message, command
-):
-    finished = command("bench", *arguments, without=without, status=2)
-    assert message in finished.stderr.splitlines()[-1]
+def test_bench_says_what_it_cannot_do_before_measuring(command):
+    finished = command("bench", "--threads", "0", status=2)
+    assert "--threads" in finished.stderr.splitlines()[-1]
     assert not finished.stdout

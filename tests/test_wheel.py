@@ -6,6 +6,7 @@ files there, such as the extension that `maturin develop` leaves, stay out.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,17 @@ def test_wheel_holds_the_package_with_its_types_and_nothing_else(wheel):
     package = files(*PACKAGE)
     assert {"python/rmsprop/py.typed", "python/rmsprop/_core.pyi"} <= package
     assert names == package | {"python/rmsprop/_core.abi3.so"}
+
+
+def test_rivals_stay_out_of_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        extras = re.findall(
+            "^Provides-Extra: (.+)$", archive.read(metadata).decode(), re.MULTILINE
+        )
+    assert not [name for name in names if "rivals" in name or "harness" in name]
+    assert set(extras) == {"torch", "rl"}
 
 
 @pytest.mark.parametrize(

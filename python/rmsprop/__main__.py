@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +12,8 @@ from typing import Any
 from rmsprop import info, machine
 
 
-def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Runs the command with these arguments; gives the exit status.
-
-    Args:
-        arguments: those of the process, if left out.
-        command: what was typed, for the results of `bench`.
-    """
-    given = sys.argv[1:] if arguments is None else list(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments, or those of the process; gives the exit status."""
     parser = argparse.ArgumentParser("python -m rmsprop", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     about = "version, instruction set, threads, features, and what limits them"
@@ -29,16 +22,17 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     asked.add_argument(
         "--torch", action="store_true", help="import torch, for its threads"
     )
-    about = "a quick comparison with the rivals that are installed"
+    about = "a step and a training loop beside NumPy, numba and torch, if installed"
     timed = commands.add_parser("bench", help=about, description=about)
-    if given[:1] != ["bench"]:  # `info` must not wait for what it does not use
-        args = parser.parse_args(given)
+    timed.add_argument("--threads", type=int, default=1, help="of ours and of torch")
+    args = parser.parse_args(arguments)
+    if args.command == "info":
         return _print_info(as_json=args.json, import_torch=args.torch)
-    from rmsprop.bench import command as bench
+    if args.threads < 1:
+        timed.error(f"--threads: expected 1 or more, got {args.threads}")
+    from rmsprop import bench  # `info` must not wait for what it does not use
 
-    bench.add_arguments(timed)
-    args = parser.parse_args(given)
-    return bench.run(timed, args, command or f"python -m rmsprop {shlex.join(given)}")
+    return bench.run(args.threads)
 
 
 def describe(*, import_torch: bool = False) -> dict[str, Any]:
