@@ -213,6 +213,15 @@ def test_threads(run_program, tmp_path):
         assert {"rmsprop, threads=1", "rmsprop, threads=2"} <= set(contenders)
 
 
+def test_placements(run_program, tmp_path):
+    options = ("--elements", "5000", "--offsets", "0,64")
+    found = rows(run_program, tmp_path, "placements.py", *options)
+    forms = ("plain", "momentum", "centered", "centered, momentum")
+    assert set(found) == set(product(forms, (0, 64), (0, 64)))
+    for contenders in found.values():
+        assert "rmsprop" in contenders
+
+
 def test_steps_in_a_backward_of_many_tensors(run_program, tmp_path):
     found = rows(run_program, tmp_path, "backward.py", "--tensors", "5,20")
     assert set(found) == {(5,), (20,)}
