@@ -17,6 +17,7 @@ from the same seed: some updates that do not count, after which the parameters m
 those of the first contender, then as many as fill some time. Contenders take turns, in
 another order in every round. Printed are medians over the rounds, in us an update; the
 speedup is that of the whole loop over the first contender's, with its quartiles.
+`benches/picture.py` draws them.
 
 For torch's optimizers `clip_grad_norm_` clips; rmsprop does it in the step, and its time
 includes that. A2C cannot be told not to clip: "SB3 clips" is what changing the optimizer

@@ -7,6 +7,7 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -168,6 +169,22 @@ def test_loop_says_what_it_cannot_do_before_measuring(arguments, message, run_pr
     finished = run_program(LOOP, *arguments, status=2)
     assert message in finished.stderr.splitlines()[-1]
     assert not finished.stdout
+
+
+def test_picture(run_program, tmp_path):
+    """The same numbers make the same two pictures, which are not the same."""
+    measured = ("--loops", "digits,conv", "--seconds", "0.1", "--json", "loop.json")
+    run_program(LOOP, *measured)
+    drawn = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        run_program(str(BENCHES / "picture.py"), "loop.json", "--to", folder)
+        themes = [tmp_path / folder / f"speed-{t}.svg" for t in ("light", "dark")]
+        drawn.append([path.read_bytes() for path in themes])
+        for path in themes:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][1]
 
 
 def rows(run_program, tmp_path, program, *arguments):
