@@ -71,40 +71,88 @@ impl Config {
     /// [`Error::Hyperparameter`] names the first key that is out of range, the value and what was
     /// wanted.
     pub fn validate(&self) -> Result<(), Error> {
-        let finite = [
-            ("lr", self.lr),
-            ("eps", self.eps),
-            ("weight_decay", self.weight_decay),
-            ("momentum", self.momentum),
-            ("initial_square_avg", self.initial_square_avg),
-        ];
-        for (key, found) in finite {
-            if !(found >= 0.0 && found.is_finite()) {
-                return Err(Error::Hyperparameter {
-                    key,
-                    expected: "a finite number >= 0",
-                    found,
-                });
-            }
-        }
-        let (key, found) = ("alpha", self.alpha);
-        if !(0.0..=1.0).contains(&found) {
-            return Err(Error::Hyperparameter {
-                key,
-                expected: "a number from 0 to 1",
-                found,
-            });
-        }
-        if self.bias_correction && found == 1.0 {
-            let expected = "a number < 1 with bias_correction";
-            return Err(Error::Hyperparameter {
-                key,
-                expected,
-                found,
-            });
-        }
-        Ok(())
+        let mut config = self.clone();
+        OPTIONS
+            .iter()
+            .try_for_each(|option| option.check(&mut config))
     }
+}
+
+/// An option of a parameter group: the one row that both fronts read, check and list it by.
+#[cfg_attr(not(feature = "python"), allow(dead_code))] // Rust needs the ranges alone.
+pub(crate) struct GroupOption {
+    pub name: &'static str,
+    pub field: Field,
+    /// `torch.optim.RMSprop` has it too.
+    pub is_torchs: bool,
+    /// A dialect fixes it.
+    pub is_of_dialect: bool,
+}
+
+/// Where an option is in a [`Config`].
+#[cfg_attr(not(feature = "python"), allow(dead_code))]
+#[derive(Clone, Copy)]
+pub(crate) enum Field {
+    Number(fn(&mut Config) -> &mut f64, Range),
+    Flag(fn(&mut Config) -> &mut bool),
+}
+
+/// What a number may be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Range {
+    NotNegative,
+    Fraction,
+}
+
+impl GroupOption {
+    /// Checks the range.
+    pub fn check(&self, config: &mut Config) -> Result<(), Error> {
+        let Field::Number(field, range) = self.field else {
+            return Ok(());
+        };
+        let found = *field(config);
+        let is_certain = range == Range::Fraction && config.bias_correction && found == 1.0;
+        let expected = match range {
+            Range::NotNegative if !(found >= 0.0 && found.is_finite()) => "a finite number >= 0",
+            Range::Fraction if !(0.0..=1.0).contains(&found) => "a number from 0 to 1",
+            Range::Fraction if is_certain => "a number < 1 with bias_correction",
+            _ => return Ok(()),
+        };
+        let key = self.name;
+        Err(Error::Hyperparameter {
+            key,
+            expected,
+            found,
+        })
+    }
+}
+
+macro_rules! options {
+    ($($name:ident: $field:ident $(($range:ident))?, torch $is_torchs:literal, dialect $is_of_dialect:literal;)*) => {
+        /// The options of a parameter group, in the order in which they are checked.
+        pub(crate) const OPTIONS: &[GroupOption] = &[$(GroupOption {
+            name: stringify!($name),
+            field: Field::$field(|config| &mut config.$name $(, Range::$range)?),
+            is_torchs: $is_torchs,
+            is_of_dialect: $is_of_dialect,
+        }),*];
+    };
+}
+
+options! {
+    lr: Number(NotNegative), torch true, dialect false;
+    eps: Number(NotNegative), torch true, dialect true;
+    weight_decay: Number(NotNegative), torch true, dialect true;
+    momentum: Number(NotNegative), torch true, dialect true;
+    initial_square_avg: Number(NotNegative), torch false, dialect true;
+    alpha: Number(Fraction), torch true, dialect true;
+    centered: Flag, torch true, dialect true;
+    eps_in_sqrt: Flag, torch false, dialect true;
+    lr_in_momentum: Flag, torch false, dialect true;
+    nesterov: Flag, torch false, dialect true;
+    bias_correction: Flag, torch false, dialect true;
+    decoupled_weight_decay: Flag, torch false, dialect true;
+    maximize: Flag, torch true, dialect false;
 }
 
 /// Checks `max_grad_norm`: > 0.

@@ -77,7 +77,7 @@ pub enum Error {
     /// The instruction set is unknown or this processor does not have it.
     #[error("{name}: expected one of {available}, got '{found}'")]
     Isa {
-        /// "instruction set", or "RMSPROP_ISA".
+        /// "isa", or "RMSPROP_ISA".
         name: &'static str,
         /// The name asked for.
         found: String,

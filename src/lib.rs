@@ -44,23 +44,21 @@
 mod config;
 mod dialect;
 mod error;
-#[allow(unsafe_code)] // The first of two doors: kernel dispatch.
 mod kernel;
 mod optimizer;
-mod parallel;
-mod pool;
 #[cfg(feature = "python")]
 mod python;
 mod state;
+mod threads;
 
 pub use config::{Config, Nonfinite};
 pub use dialect::DIALECTS;
 pub use error::Error;
-pub use kernel::Real;
-pub use kernel::dispatch::{Isa, isa};
+pub use kernel::isa::{Isa, isa};
+pub use kernel::rule::Real;
 pub use optimizer::RmsProp;
-pub use parallel::default_threads;
 pub use state::StateKey;
+pub use threads::default_threads;
 
 /// Runs the README's Rust example.
 #[cfg(doctest)]

@@ -2,11 +2,12 @@
 
 use crate::config::{Config, Nonfinite, validate_max_grad_norm};
 use crate::error::Error;
-use crate::kernel::batch::{Batch, Storage};
-use crate::kernel::dispatch::{Isa, isa};
-use crate::kernel::{Hyper, Real, Rows};
-use crate::parallel::{Threads, default_threads};
-use crate::state::{State, StateKey};
+use crate::kernel::DType;
+use crate::kernel::batch::{Batch, Work};
+use crate::kernel::isa::{Code, Isa, isa};
+use crate::kernel::rule::{AnyRule, Real, Slices};
+use crate::state::{Flat, State, StateKey};
+use crate::threads::{Threads, default_threads};
 
 /// RMSprop over slices of `T`, `f32` or `f64`.
 ///
@@ -27,12 +28,11 @@ use crate::state::{State, StateKey};
 #[derive(Debug)]
 pub struct RmsProp<T> {
     groups: Vec<Group<T>>,
-    isa: Isa,
     threads: usize,
     clipping: Clipping,
     last_grad_norm: Option<f64>,
     skipped_steps: u64,
-    storage: Storage<T>,
+    batch: Batch,
 }
 
 #[derive(Debug)]
@@ -50,15 +50,13 @@ impl<T: Real> RmsProp<T> {
     /// `RMSPROP_NUM_THREADS` is no number, [`Error::Isa`] if `RMSPROP_ISA` names an instruction set
     /// this processor does not have.
     pub fn new(config: Config, lens: &[usize]) -> Result<Self, Error> {
-        let isa = isa()?;
         let mut optimizer = RmsProp {
             groups: Vec::new(),
-            isa,
             threads: default_threads()?,
             clipping: Clipping::default(),
             last_grad_norm: None,
             skipped_steps: 0,
-            storage: Storage::new(isa, 0, 0),
+            batch: Batch::new(code_of(isa()?)?),
         };
         optimizer.add_group(config, lens)?;
         Ok(optimizer)
@@ -74,10 +72,18 @@ impl<T: Real> RmsProp<T> {
         if lens.is_empty() {
             return Err(Error::NoParameters);
         }
-        let mut state = State::new(lens).ok_or(Error::TooLarge)?;
+        let mut state = State::new(lens)?;
         state.create(&config)?;
+        let parameters = self.parameters() + lens.len();
+        let numel = self.numel().saturating_add(state.numel());
+        let out_of_memory = |_| Error::OutOfMemory {
+            elements: parameters,
+        };
+        self.batch
+            .reserve(parameters, numel)
+            .map_err(out_of_memory)?;
+        self.groups.try_reserve(1).map_err(out_of_memory)?;
         self.groups.push(Group { config, state });
-        self.storage = Storage::new(self.isa, self.parameters(), self.numel());
         Ok(())
     }
 
@@ -102,8 +108,7 @@ impl<T: Real> RmsProp<T> {
     /// # Errors
     /// [`Error::Isa`] if this processor does not have it.
     pub fn with_isa(mut self, isa: Isa) -> Result<Self, Error> {
-        self.isa = Isa::named(isa.name())?;
-        self.storage = Storage::new(self.isa, self.parameters(), self.numel());
+        self.batch.set_code(code_of(isa)?);
         Ok(self)
     }
 
@@ -169,18 +174,15 @@ impl<T: Real> RmsProp<T> {
                 });
             }
         }
-        let mut batch = self.storage.open();
+        let mut work = self.batch.open();
         let mut params = params.iter_mut().enumerate();
         for group in &mut self.groups {
-            group.push(&mut batch, &mut params, &grad)?;
+            group.push(&mut work, &mut params, &grad)?;
         }
-        let threads = Threads::of_step(self.threads, batch.bytes());
-        let verdict = self.clipping.judge(&mut OneBatch {
-            batch: &mut batch,
-            threads: &threads,
-        });
+        let threads = Threads::of_step(Some(self.threads), work.bytes(), None);
+        let verdict = self.clipping.run(work, &threads, None);
         match verdict.outcome {
-            Outcome::Update { factor } => batch.clip(factor),
+            Outcome::Update => {}
             Outcome::Skip => {
                 self.last_grad_norm = verdict.norm;
                 self.skipped_steps += 1;
@@ -198,7 +200,6 @@ impl<T: Real> RmsProp<T> {
                 });
             }
         }
-        batch.update(&threads);
         self.last_grad_norm = verdict.norm;
         let mut index = 0;
         for group in &mut self.groups {
@@ -285,9 +286,8 @@ impl<T: Real> RmsProp<T> {
         let (group, index) = self.locate(parameter)?;
         let state = &self.groups[group].state;
         let range = state.ranges[index].clone();
-        state.arrays[key as usize]
-            .as_ref()
-            .map(|array| &array[range])
+        let flat = state.arrays[key as usize].as_ref()?;
+        Some(&flat.slice()[range])
     }
 
     /// As [`RmsProp::state`], to restore it by writing.
@@ -295,9 +295,8 @@ impl<T: Real> RmsProp<T> {
         let (group, index) = self.locate(parameter)?;
         let state = &mut self.groups[group].state;
         let range = state.ranges[index].clone();
-        state.arrays[key as usize]
-            .as_mut()
-            .map(|array| &mut array[range])
+        let flat = state.arrays[key as usize].as_mut()?;
+        Some(&mut flat.slice_mut()[range])
     }
 
     /// How often a parameter was updated.
@@ -341,27 +340,24 @@ impl<T: Real> Group<T> {
     /// Adds the parameters that have a gradient to the batch.
     fn push<'a, 'g: 'a, P: AsMut<[T]> + 'g>(
         &'a mut self,
-        batch: &mut Batch<'_, 'a, T>,
+        work: &mut Work<'_, 'a>,
         params: &mut impl Iterator<Item = (usize, &'g mut P)>,
         grad: &impl Fn(usize) -> Option<&'g [T]>,
     ) -> Result<(), Error> {
-        let Group {
-            config,
-            state:
-                State {
-                    arrays: [v, m, b],
-                    steps,
-                    ranges,
-                },
-        } = self;
-        let used = |key: StateKey, array: &'a mut Option<Vec<T>>| match key.is_used(config) {
-            true => array.as_deref_mut().unwrap_or_default(),
+        let Group { config, state } = self;
+        let used = |key: StateKey, array: Option<&'a mut [T]>| match key.is_used(config) {
+            true => array.unwrap_or_default(),
             false => &mut [],
         };
+        let (ranges, steps) = (&state.ranges, &state.steps);
+        let [v, m, b] = state
+            .arrays
+            .each_mut()
+            .map(|flat| flat.as_mut().map(Flat::slice_mut));
         let mut v = used(StateKey::SquareAvg, v);
         let mut m = used(StateKey::GradAvg, m);
         let mut b = used(StateKey::MomentumBuffer, b);
-        let mut hypers = HyperCache::default();
+        let mut rules = RuleCache::default();
         for (range, &step) in ranges.iter().zip(steps.iter()) {
             let expected = range.len();
             let take = |rest: &mut &'a mut [T]| rest.split_off_mut(..expected).unwrap_or_default();
@@ -386,27 +382,35 @@ impl<T: Real> Group<T> {
                 }
             }
             if let Some(g) = g {
-                let hyper = hypers.get(batch, config, step);
-                batch.push(index, Rows { p, g, v, m, b }, hyper);
+                let rule = rules.get(work, T::DTYPE, config, step);
+                work.push_slices(index, Slices { p, g, v, m, b }, rule);
             }
         }
         Ok(())
     }
 }
 
-/// The hyperparameters of a group in a batch: the same for parameters that were updated equally
-/// often, and for all without bias correction.
-#[derive(Default)]
-pub(crate) struct HyperCache {
-    last: Option<(u64, u32)>,
+/// The code for an instruction set.
+pub(crate) fn code_of(isa: Isa) -> Result<Code, Error> {
+    // Its error lists what there is.
+    isa.code()
+        .map_or_else(|| Isa::named(isa.name()).map(|_| Code::Scalar), Ok)
 }
 
-impl HyperCache {
-    /// The index of the hyperparameters for a parameter that was updated `steps` times.
+/// The rule of a group in a step: the same for parameters that were updated equally often, and for
+/// all without bias correction.
+#[derive(Default)]
+pub(crate) struct RuleCache {
+    last: Option<(DType, u64, u32)>,
+}
+
+impl RuleCache {
+    /// The index of the rule for a parameter that was updated `steps` times.
     #[inline(always)]
-    pub fn get<T: Real>(
+    pub fn get(
         &mut self,
-        batch: &mut Batch<'_, '_, T>,
+        work: &mut Work<'_, '_>,
+        dtype: DType,
         config: &Config,
         steps: u64,
     ) -> u32 {
@@ -416,31 +420,16 @@ impl HyperCache {
             1
         };
         match self.last {
-            Some((last, hyper)) if last == t => hyper,
-            _ => self.push(batch, config, t),
+            Some((last_dtype, last, rule)) if last == t && last_dtype == dtype => rule,
+            _ => self.push(work, dtype, config, t),
         }
     }
 
     #[cold]
-    fn push<T: Real>(&mut self, batch: &mut Batch<'_, '_, T>, config: &Config, t: u64) -> u32 {
-        let hyper = batch.push_hyper(Hyper::new(config, t));
-        self.last = Some((t, hyper));
-        hyper
-    }
-}
-
-struct OneBatch<'b, 's, 'a, T> {
-    batch: &'b mut Batch<'s, 'a, T>,
-    threads: &'b Threads,
-}
-
-impl<T: Real> Gradients for OneBatch<'_, '_, '_, T> {
-    fn sum_squares(&mut self) -> f64 {
-        self.batch.sum_squares(self.threads)
-    }
-
-    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
-        self.batch.find_nonfinite()
+    fn push(&mut self, work: &mut Work<'_, '_>, dtype: DType, config: &Config, t: u64) -> u32 {
+        let rule = work.push_rule(AnyRule::new(dtype, config, t));
+        self.last = Some((dtype, t, rule));
+        rule
     }
 }
 
@@ -451,7 +440,7 @@ pub(crate) struct Clipping {
     pub nonfinite: Nonfinite,
 }
 
-/// What [`Clipping`] says of a step.
+/// What has become of a step.
 pub(crate) struct Verdict {
     /// The norm before clipping; only with `max_grad_norm`.
     pub norm: Option<f64>,
@@ -459,9 +448,7 @@ pub(crate) struct Verdict {
 }
 
 pub(crate) enum Outcome {
-    Update {
-        factor: f64,
-    },
+    Update,
     Skip,
     Raise {
         index: usize,
@@ -470,30 +457,45 @@ pub(crate) enum Outcome {
     },
 }
 
-/// The gradients of a step.
-pub(crate) trait Gradients {
-    /// The sum of their squares, in `f64`.
-    fn sum_squares(&mut self) -> f64;
-    /// The first element that is not finite: the parameter's index, the element, the value.
-    fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)>;
+/// What all processes together found in the gradients that they share.
+#[derive(Clone, Copy)]
+pub(crate) struct Gathered {
+    pub squares: f64,
+    /// Some gradient is not finite.
+    pub has_nonfinite: bool,
 }
 
+/// Stands for a parameter of another process.
+pub(crate) const ELSEWHERE: usize = usize::MAX;
+
 impl Clipping {
-    /// Reads the gradients once, if an option asks for it.
-    pub fn judge(&self, gradients: &mut impl Gradients) -> Verdict {
+    /// Reads the gradients once, if an option asks for it, and updates unless they forbid it. The
+    /// sum over all processes is `gathered` already, if there are several.
+    pub fn run(
+        &self,
+        mut work: Work<'_, '_>,
+        threads: &Threads<'_>,
+        gathered: Option<Gathered>,
+    ) -> Verdict {
         if self.max_grad_norm.is_none() && self.nonfinite == Nonfinite::Propagate {
+            work.update(threads);
             return Verdict {
                 norm: None,
-                outcome: Outcome::Update { factor: 1.0 },
+                outcome: Outcome::Update,
             };
         }
-        let squares = gradients.sum_squares();
+        let squares = match gathered {
+            Some(gathered) => gathered.squares,
+            None => work.sum_squares(threads),
+        };
         let norm = squares.sqrt();
-        // The sum of finite f64 squares can overflow: look again before blaming a gradient.
+        // The sum of finite f64 squares can overflow: look again before a gradient is blamed.
         let found = match self.nonfinite {
-            Nonfinite::Skip | Nonfinite::Raise if !squares.is_finite() => {
-                gradients.find_nonfinite()
-            }
+            Nonfinite::Skip | Nonfinite::Raise if !squares.is_finite() => match gathered {
+                Some(gathered) if !gathered.has_nonfinite => None,
+                None => work.find_nonfinite(),
+                Some(_) => work.find_nonfinite().or(Some((ELSEWHERE, 0, f64::NAN))),
+            },
             _ => None,
         };
         let outcome = match (found, self.nonfinite) {
@@ -503,9 +505,11 @@ impl Clipping {
                 found,
             },
             (Some(_), _) => Outcome::Skip,
-            (None, _) => Outcome::Update {
-                factor: self.factor(norm),
-            },
+            (None, _) => {
+                work.clip(self.factor(norm));
+                work.update(threads);
+                Outcome::Update
+            }
         };
         Verdict {
             norm: self.max_grad_norm.map(|_| norm),

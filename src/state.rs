@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::kernel::Real;
+use crate::kernel::rule::Real;
 
 /// The averages an optimizer keeps for a parameter, each of the parameter's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,32 +58,85 @@ impl StateKey {
     }
 }
 
+/// Bytes that [`offset_apart`] may leave out.
+pub(crate) const PAGE: usize = 4096;
+
+/// The bytes to leave out at the beginning of an allocation so that an array there begins within a
+/// cache line where `like` does, and never meets others modulo a page: a load waits for a store to
+/// the same address modulo 4,096 before it.
+///
+/// A step of 269 k elements with momentum, centered, takes 0.6 of the time with its five arrays 256
+/// bytes and more apart as with 16 bytes between them; plain ones gain a tenth.
+pub(crate) fn offset_apart(
+    address: usize,
+    like: usize,
+    others: impl Iterator<Item = usize> + Clone,
+) -> usize {
+    const APART: usize = 256;
+    const LINE: usize = 64;
+    let start = like.wrapping_sub(address) % LINE;
+    let is_apart = |&offset: &usize| {
+        others.clone().all(|other| {
+            let distance = (address.wrapping_add(offset)).wrapping_sub(other) % PAGE;
+            distance.min(PAGE - distance) >= APART
+        })
+    };
+    // Of few others there is always one that is apart.
+    (start..PAGE).step_by(LINE).find(is_apart).unwrap_or(start)
+}
+
 /// The state of the parameters of one group, one flat buffer for each key.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct State<T> {
     /// By [`StateKey`]; none until the key is used.
-    pub arrays: [Option<Vec<T>>; 3],
+    pub arrays: [Option<Flat<T>>; 3],
     /// Updates of each parameter.
     pub steps: Vec<u64>,
     /// Where each parameter lies.
     pub ranges: Vec<Range<usize>>,
 }
 
+/// Elements that begin somewhere in an allocation.
+#[derive(Debug)]
+pub(crate) struct Flat<T> {
+    elements: Vec<T>,
+    start: usize,
+}
+
+impl<T> Flat<T> {
+    pub fn slice(&self) -> &[T] {
+        &self.elements[self.start..]
+    }
+
+    pub fn slice_mut(&mut self) -> &mut [T] {
+        &mut self.elements[self.start..]
+    }
+}
+
 impl<T: Real> State<T> {
-    /// No state yet for parameters of these lengths; `None` if they add up to too many elements.
-    pub fn new(lens: &[usize]) -> Option<Self> {
+    /// No state yet for parameters of these lengths.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub fn new(lens: &[usize]) -> Result<Self, Error> {
+        let out_of_memory = |_| Error::OutOfMemory {
+            elements: lens.len(),
+        };
+        let (mut ranges, mut steps) = (Vec::new(), Vec::new());
+        ranges
+            .try_reserve_exact(lens.len())
+            .map_err(out_of_memory)?;
+        steps.try_reserve_exact(lens.len()).map_err(out_of_memory)?;
         let mut end = 0usize;
-        let ranges = lens
-            .iter()
-            .map(|len| {
-                let start = end;
-                end = end.checked_add(*len)?;
-                Some(start..end)
-            })
-            .collect::<Option<Vec<_>>>()?;
-        Some(State {
+        for len in lens {
+            let start = end;
+            end = end.checked_add(*len).ok_or(Error::TooLarge)?;
+            ranges.push(start..end);
+            steps.push(0);
+        }
+        Ok(State {
             arrays: Default::default(),
-            steps: vec![0; lens.len()],
+            steps,
             ranges,
         })
     }
@@ -94,20 +147,34 @@ impl<T: Real> State<T> {
     }
 
     /// Creates the state that `config` uses and that is not there yet, all or none.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`].
     pub fn create(&mut self, config: &Config) -> Result<(), Error> {
         let elements = self.numel();
-        let create = |key: StateKey| {
+        // Where an allocator puts the large arrays of parameters and gradients.
+        const USUAL: usize = 16;
+        let mut others = vec![USUAL];
+        let mut new: [Option<Flat<T>>; 3] = Default::default();
+        for key in StateKey::ALL {
             if self.arrays[key as usize].is_some() || !key.is_used(config) {
-                return Ok(None);
+                continue;
             }
-            let mut array = Vec::new();
-            let reserved = array.try_reserve_exact(elements);
+            let room = elements.checked_add(PAGE / size_of::<T>());
+            let mut array: Vec<T> = Vec::new();
+            let reserved = array.try_reserve_exact(room.ok_or(Error::TooLarge)?);
             reserved.map_err(|_| Error::OutOfMemory { elements })?;
-            array.resize(elements, T::from_f64(key.start(config)));
-            Ok(Some(array))
-        };
-        let [v, m, b] = StateKey::ALL.map(create);
-        for (array, new) in self.arrays.iter_mut().zip([v?, m?, b?]) {
+            let address = array.as_ptr().addr();
+            let offset = offset_apart(address, USUAL, others.iter().copied());
+            others.push(address + offset);
+            let start = offset / size_of::<T>();
+            array.resize(start + elements, T::from_f64(key.start(config)));
+            new[key as usize] = Some(Flat {
+                elements: array,
+                start,
+            });
+        }
+        for (array, new) in self.arrays.iter_mut().zip(new) {
             *array = array.take().or(new);
         }
         Ok(())

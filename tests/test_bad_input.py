@@ -536,12 +536,24 @@ GRADIENTS = [
     Row(
         "dtype",
         TypeError,
-        rf"{WANTED}float64 of shape \(5,\)",
-        lambda world: world.grads[1].astype("float64"),
+        rf"{WANTED}int64 of shape \(5,\)",
+        lambda world: world.grads[1].astype("int64"),
+    ),
+    Row(
+        "complex dtype",
+        TypeError,
+        rf"{WANTED}complex64 of shape \(5,\)",
+        lambda world: world.grads[1].astype("complex64"),
     ),
     Row(
         "dtype and shape",
         TypeError,
+        rf"{WANTED}int64 of shape \(1, 5\)",
+        lambda world: world.grads[1].astype("int64")[None],
+    ),
+    Row(
+        "shape of another floating dtype",
+        ValueError,
         rf"{WANTED}float64 of shape \(1, 5\)",
         lambda world: world.grads[1].astype("float64")[None],
     ),
@@ -558,10 +570,16 @@ GRADIENTS = [
         lambda world: np.array(1, "float32"),
     ),
     Row(
-        "torch bfloat16",
+        "torch int32",
         TypeError,
-        rf"{WANTED}bfloat16 of shape \(5,\)",
-        lambda world: torch.zeros(5, dtype=torch.bfloat16),
+        rf"{WANTED}int32 of shape \(5,\)",
+        lambda world: torch.zeros(5, dtype=torch.int32),
+    ),
+    Row(
+        "torch complex64",
+        TypeError,
+        rf"{WANTED}complex64 of shape \(5,\)",
+        lambda world: torch.zeros(5, dtype=torch.complex64),
     ),
     Row(
         "byte-swapped",

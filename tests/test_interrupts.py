@@ -179,7 +179,6 @@ CALLS = {
     "state_dict": "opt.state_dict()",
     "load_state_dict": "opt.load_state_dict(saved)",
     "add_param_group": "opt.add_param_group({'params': {'v': np.ones(3)}})",
-    "option": "opt.max_grad_norm = 1.0",
 }
 
 

@@ -165,7 +165,6 @@ CALLS = {
     "add_param_group": lambda opt, saved: opt.add_param_group(
         {"params": [Parameter(np.zeros(2))]}
     ),
-    "option": lambda opt, saved: setattr(opt, "threads", 1),
 }
 
 

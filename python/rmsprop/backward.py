@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from rmsprop.mixed import Group, Place
+from rmsprop.fallback import Group, Place
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,8 +86,7 @@ class _Hook:
         except LookupError:
             is_there = False
         if is_there or self._finds(p, opt.param_groups):
-            if not opt._step_core(self.place):
-                opt._update_mixed(self.place)
+            opt._step(self.place)
             p.grad = None
 
     def _finds(self, p: Tensor, groups: list[Group]) -> bool:

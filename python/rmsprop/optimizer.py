@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rmsprop import _core
-from rmsprop.state import State, as_ndarray, checked, copied
+from rmsprop.state import State, as_ndarray, checked, copied, restore
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_core._after_fork)
@@ -351,12 +351,7 @@ class RMSprop(_core.Optimizer):
             places[number]: checked(self, places[number], entry)
             for number, entry in saved_state.items()
         }
-        starts = [new["initial_square_avg"] for new in groups for _ in new["params"]]
-        whole = [
-            (index, float(start), entries.get(index, {}))
-            for index, start in enumerate(starts)
-        ]
-        self._exchange(list(zip(self.param_groups, groups)), whole)
+        restore(self, {index: entries.get(index, {}) for index in self.state}, groups)
 
     def __getstate__(self) -> dict[str, Any]:
         options = {key: getattr(self, key) for key in _OPTIMIZER_OPTIONS}
@@ -377,8 +372,8 @@ class RMSprop(_core.Optimizer):
                 for group in state["param_groups"]
             ]
         )
-        for index, entry in state["state"].items():
-            self.state[index] = entry
+        saved = state["state"].items()
+        restore(self, {index: checked(self, index, entry) for index, entry in saved})
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

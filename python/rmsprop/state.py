@@ -33,10 +33,12 @@ class State(MutableMapping[int, Any]):
                 f"state: expected the index of a parameter below {len(self)},"
                 f" got {index!r}"
             )
-        self[index]._restore(checked(self._optimizer, index, entry))
+        restore(self._optimizer, {index: checked(self._optimizer, index, entry)})
 
     def __delitem__(self, index: int) -> None:
-        self[index]._restore({})
+        if index not in self:
+            raise KeyError(index)
+        restore(self._optimizer, {index: {}})
 
     def pop(self, index: int, *default: Any) -> Any:
         """Resets an entry and returns what it was, as a plain dict."""
@@ -90,13 +92,12 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         entry = checked(self._optimizer, self._index, {key: value})
-        for name, array in entry.items():
-            self._assign(name, array)
+        self._optimizer._restore([(self._index, entry)])
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
             raise KeyError(key)
-        self._assign(key, self._start(key))
+        self._optimizer._restore([(self._index, {key: self._start(key)})])
 
     def __iter__(self) -> Iterator[str]:
         yield "step"
@@ -123,22 +124,30 @@ class ParameterState(MutableMapping[str, Any]):
         """Not offered: every key keeps a value, so it would have no end."""
         raise TypeError("state: expected pop(key), for keys never run out")
 
-    def _restore(self, entry: Mapping[str, Any]) -> None:
-        """Takes a checked entry whole: what it lacks goes back to its start."""
-        start = float(self._start("square_avg"))
-        self._optimizer._exchange([], [(self._index, start, dict(entry))])
-
-    def _assign(self, key: str, value: Any) -> None:
-        if key == "step":
-            self._optimizer._set_steps(self._index, value)
-            return
-        self._optimizer._create_state([(self._index, key)])
-        self[key][...] = value
-
     def _start(self, key: str) -> Any:
         if key != "square_avg":
             return 0
         return self._optimizer._group_of(self._index)["initial_square_avg"]
+
+
+def restore(
+    optimizer: RMSprop,
+    entries: Mapping[int, Mapping[str, Any]],
+    options: list[dict[str, Any]] | None = None,
+) -> None:
+    """Takes checked entries whole, all at once: what they lack goes back to its start.
+
+    The options are merged into those of the groups before.
+    """
+    whole = []
+    for index, entry in entries.items():
+        group = optimizer._group_index(index)
+        start = (options or optimizer.param_groups)[group]["initial_square_avg"]
+        starts = {
+            key: start if key == "square_avg" else 0 for key in optimizer.state[index]
+        }
+        whole.append((index, {**starts, **entry}))
+    optimizer._restore(whole, options)
 
 
 def copied(value: Any) -> Any:

@@ -33,27 +33,15 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     )
 
 from torch import Tensor
-from torch.autograd import profiler
-from torch.optim import optimizer as _base
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils import _python_dispatch
 
-from rmsprop import _core, backward, mixed
-from rmsprop.mixed import is_watched
+from rmsprop import _core, backward, fallback, torch_names
 
 __all__ = ["RMSprop"]
 
 _Group: TypeAlias = dict[str, Any]
 #: The options that torch's RMSprop does not have.
-_OWN = (
-    "eps_in_sqrt",
-    "initial_square_avg",
-    "lr_in_momentum",
-    "nesterov",
-    "bias_correction",
-    "decoupled_weight_decay",
-    "contiguous_params",
-)
+_OWN = tuple(name for name, is_torchs in _core.OPTIONS if not is_torchs)
 #: Those of the optimizer instead of a group.
 _OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "threads")
 
@@ -74,9 +62,9 @@ class RMSprop(Optimizer):
     with the same defaults; so do state, checkpoints, hooks and schedulers. ``foreach``
     makes no difference.
 
-    float32 and float64 tensors in host memory are stepped here, all others
-    (CUDA, complex, half precision, ``capturable``, ``differentiable``) by torch's own
-    ``rmsprop``, which has none of the options after ``differentiable``.
+    float32, float64 and complex tensors in host memory are stepped here, on torch's own
+    threads; all others (CUDA, half precision, ``capturable``, ``differentiable``) by torch's
+    own ``rmsprop``, which has none of the options after ``differentiable``.
 
     Args:
         params: as for every torch optimizer: tensors, ``(name, tensor)`` pairs or
@@ -288,7 +276,7 @@ class RMSprop(Optimizer):
             for p in group["params"]:
                 entry = self.state.get(p, {})
                 if entry and not torch.is_tensor(entry["step"]):
-                    entry["step"] = mixed.count_of(entry["step"], p, group)
+                    entry["step"] = fallback.count_of(entry["step"], p, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class, ``torch.optim.RMSprop`` or ``rmsprop.RMSprop`` saved.
@@ -329,8 +317,7 @@ class RMSprop(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._step_core():
-            self._update_mixed()
+        self._step()
         return loss
 
     #: The same inside torch's own wrapper: hooks, and a range for the profiler.
@@ -361,10 +348,7 @@ class RMSprop(Optimizer):
             or kwargs
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or _base._global_optimizer_pre_hooks
-            or _base._global_optimizer_post_hooks
-            or profiler._is_profiler_enabled
-            or _python_dispatch._is_in_torch_dispatch_mode
+            or torch_names.wants_wrapper()
             or self.found_inf is not None
         ):
             if type(self).step is not _step:
@@ -373,8 +357,9 @@ class RMSprop(Optimizer):
             if self.found_inf is not None and not self._unscale(self.found_inf):
                 return None
             return self._update_hooked(*args, **kwargs)
-        if not self._stepper.step(self.param_groups, self.state):
-            self._update_mixed()
+        found = self._stepper.step(self.param_groups, self.state)
+        if isinstance(found, list):
+            self._step_odd(found)
         return None
 
     def step_in_backward(self) -> backward.Handle:
@@ -423,15 +408,15 @@ class RMSprop(Optimizer):
         self._in_backward = backward.Handle(self)
         return self._in_backward
 
-    def _step_core(self, only: mixed.Place | None = None) -> bool:
-        """Steps all parameters or one; False, with nothing written, if not all is ordinary."""
-        if is_watched():
-            return False
-        if only is None:
-            return self._stepper.step(self.param_groups, self.state)
-        return self._stepper.step_one(self.param_groups, self.state, *only)
+    def _step(self, only: fallback.Place | None = None) -> None:
+        """Steps all parameters or one, without hooks."""
+        found: Any = []
+        if not torch_names.is_watched():
+            found = self._stepper.step(self.param_groups, self.state, only)
+        if isinstance(found, list):
+            self._step_odd(found, only)
 
-    def _update_mixed(self, only: mixed.Place | None = None) -> None:
+    def _step_odd(self, odd: list[int], only: fallback.Place | None = None) -> None:
         """Performs a step of which something is not ordinary; threads take turns."""
         if self._lock.process != os.getpid():
             self._lock = _Lock()
@@ -439,12 +424,11 @@ class RMSprop(Optimizer):
         had_to_wait = not turn.acquire(blocking=False)
         if had_to_wait:
             turn.acquire()
-        try:
             # Whoever had the turn may have made the state that was missing.
-            if had_to_wait and self._step_core(only):
-                return
+            odd = []
+        try:
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                mixed.step(self, only)
+                fallback.step(self, only, odd)
         finally:
             turn.release()
 
@@ -467,17 +451,16 @@ class RMSprop(Optimizer):
                             p.grad.mul_(inverse.to(p.grad.device))
         is_finite = found_inf.item() == 0
         if not is_finite:
-            self._stepper.skip()
+            self._stepper.skipped_steps += 1
         return is_finite
 
 
-# torch wraps a step that is not `hooked`. Dynamo breaks the graph at what is disabled.
+# torch wraps a step that is not `hooked`.
 _step: Any = RMSprop.step
 _step.hooked = True
 _step.__signature__ = inspect.signature(RMSprop._update)
 for _function in (_step, RMSprop._update_hooked):
-    _function._torchdynamo_disable = True  # type: ignore[union-attr]
-    _function._torchdynamo_disable_msg = "a step of rmsprop is compiled already"  # type: ignore[union-attr]
+    torch_names.skip_compiling(_function, "a step of rmsprop is compiled already")
 
 
 def _flatten(params: list[Tensor]) -> None:

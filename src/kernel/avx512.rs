@@ -1,4 +1,4 @@
-//! Rows on AVX-512: four vectors at a time, half of whose square roots do without the dividing unit.
+//! Blocks for AVX-512: four vectors at a time, half of whose square roots do without the dividing unit.
 //!
 //! While arrays are in a cache, the dividing unit is what a step waits for: the square roots and
 //! divisions of a vector take it 7 cycles for `f32` and 12 for `f64` (Zen 5), in which the
@@ -33,6 +33,22 @@ use std::ops::{Add, Div, Mul, Sub};
 
 use super::lanes::Lanes;
 
+/// This processor has AVX2 and AVX-512 F, VL, BW and DQ.
+#[derive(Clone, Copy, Debug)]
+pub struct HasAvx512(());
+
+impl HasAvx512 {
+    /// Asks the processor.
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq"))
+        .then_some(HasAvx512(()))
+    }
+}
+
 const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
 
 /// The vectors that an intrinsic makes of those of its operands.
@@ -47,8 +63,9 @@ macro_rules! operator {
         impl $trait for Block {
             type Output = Self;
             #[inline(always)]
+            #[allow(unsafe_code)]
             fn $function(self, other: Self) -> Self {
-                // SAFETY: where there is a block, there is AVX-512.
+                // SAFETY: a block is made of a proof, or of other blocks: there is AVX-512.
                 Block(unsafe { each!($intrinsic, self.0, other.0) })
             }
         }
@@ -61,8 +78,7 @@ macro_rules! block {
         /// Numbers in a vector.
         const WIDTH: usize = 64 / size_of::<$real>();
 
-        /// Four vectors; one exists only in functions that are compiled for AVX-512 and run where
-        /// it is.
+        /// Four vectors.
         #[derive(Clone, Copy)]
         pub struct Block([Vector; 4]);
 
@@ -72,6 +88,7 @@ macro_rules! block {
         operator!(Div, div, div);
 
         impl Lanes<$real> for Block {
+            type Proof = HasAvx512;
             const COUNT: usize = 4 * WIDTH;
             // If every rest were shorter than a block, LLVM would not vectorize its last numbers.
             // (With masks that was slower still: the next row may begin where this one ends, and
@@ -79,20 +96,23 @@ macro_rules! block {
             const FROM: usize = 3 * Self::COUNT;
 
             #[inline(always)]
-            fn splat(x: $real) -> Self {
-                // SAFETY: as in `operator!`.
-                Block(unsafe { each!(set1, [x; 4]) })
+            #[allow(unsafe_code)]
+            fn splat(_: HasAvx512, x: $real) -> Self {
+                // SAFETY: the proof.
+                Block([unsafe { set1(x) }; 4])
             }
 
             #[inline(always)]
-            fn load(x: &[$real], start: usize) -> Self {
+            #[allow(unsafe_code)]
+            fn load(_: HasAvx512, x: &[$real], start: usize) -> Self {
                 let x = &x[start..start + Self::COUNT];
                 let pointers: [_; 4] = std::array::from_fn(|k| x[k * WIDTH..].as_ptr());
-                // SAFETY: as in `operator!`; at each pointer there are as many as in a vector.
+                // SAFETY: the proof; at each pointer there are as many as in a vector.
                 Block(unsafe { each!(loadu, pointers) })
             }
 
             #[inline(always)]
+            #[allow(unsafe_code)]
             fn store(self, x: &mut [$real], start: usize) {
                 let x = &mut x[start..start + Self::COUNT];
                 for (x, vector) in x.chunks_exact_mut(WIDTH).zip(self.0) {
@@ -102,6 +122,7 @@ macro_rules! block {
             }
 
             #[inline(always)]
+            #[allow(unsafe_code)]
             fn sqrt(self) -> Self {
                 let [a, b, c, d] = self.0;
                 // SAFETY: as in `operator!`.
@@ -116,10 +137,11 @@ macro_rules! block {
             }
 
             #[inline(always)]
+            #[allow(unsafe_code)]
             fn at_least_zero(self) -> Self {
-                let zero = Self::splat(0.0).0;
                 // SAFETY: as in `operator!`.
                 unsafe {
+                    let zero = [setzero(); 4];
                     let is_below = self.0.map(|x| cmp::<_CMP_LT_OQ>(x, zero[0]));
                     Block(each!(blend, is_below, self.0, zero))
                 }
@@ -128,6 +150,7 @@ macro_rules! block {
 
         /// Whether [`sqrt_by_multiplying`] may be used: all are from `LEAST` to the largest number.
         #[inline(always)]
+        #[allow(unsafe_code)]
         unsafe fn are_in_range(x: [Vector; 2]) -> bool {
             // SAFETY: passed on to the caller.
             unsafe {
@@ -141,6 +164,7 @@ macro_rules! block {
 
         /// The square roots of numbers in range; `estimate` is `1 / sqrt(x)` to within 2^-14 of it.
         #[inline(always)]
+        #[allow(unsafe_code)]
         pub(super) unsafe fn sqrt_by_multiplying(
             x: [Vector; 2],
             estimate: [Vector; 2],
@@ -212,9 +236,10 @@ pub mod f64x32 {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod tests {
     use super::*;
-    use crate::{Isa, Real};
+    use crate::Real;
 
     /// Whether two numbers are the same bits; NaNs are all one.
     fn is_same<T: Real>(x: T, y: T) -> bool {
@@ -222,14 +247,16 @@ mod tests {
         x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan()
     }
 
-    fn sqrt<T: Real, B: Lanes<T>>(x: &[T]) -> Vec<T> {
+    type Proof = HasAvx512;
+
+    fn sqrt<T: Real, B: Lanes<T, Proof = Proof>>(proof: Proof, x: &[T]) -> Vec<T> {
         let mut roots = x.to_vec();
-        B::load(x, 0).sqrt().store(&mut roots, 0);
+        B::load(proof, x, 0).sqrt().store(&mut roots, 0);
         roots
     }
 
-    fn check_roots<T: Real, B: Lanes<T>>(x: &[T]) {
-        for (x, root) in x.iter().zip(sqrt::<T, B>(x)) {
+    fn check_roots<T: Real, B: Lanes<T, Proof = Proof>>(proof: Proof, x: &[T]) {
+        for (x, root) in x.iter().zip(sqrt::<T, B>(proof, x)) {
             assert!(is_same(root, x.sqrt()), "{x:?}: {root:?}");
         }
     }
@@ -245,7 +272,7 @@ mod tests {
         })
     }
 
-    fn check_operations<T: Real, B: Lanes<T>>() {
+    fn check_operations<T: Real, B: Lanes<T, Proof = Proof>>(proof: Proof) {
         let special = [0.0, -0.0, f64::INFINITY, f64::NAN, 1e-40, 3e38, -5e-324];
         let x: Vec<T> = (0..B::COUNT)
             .map(|i| T::from_f64(*special.get(i / 2).unwrap_or(&(i as f64).sin())))
@@ -265,7 +292,7 @@ mod tests {
         ];
         for (of_block, of_lane) in operations {
             let mut found = x.clone();
-            of_block(B::load(&x, 0), B::load(&y, 0)).store(&mut found, 0);
+            of_block(B::load(proof, &x, 0), B::load(proof, &y, 0)).store(&mut found, 0);
             for i in 0..B::COUNT {
                 let (found, wanted) = (found[i], of_lane(x[i], y[i]));
                 assert!(is_same(found, wanted), "{:?}, {:?}", x[i], y[i]);
@@ -275,46 +302,46 @@ mod tests {
 
     #[test]
     fn every_operation_is_that_of_its_lanes() {
-        if Isa::Avx512.is_available() {
-            check_operations::<f32, f32x64::Block>();
-            check_operations::<f64, f64x32::Block>();
+        if let Some(proof) = HasAvx512::detect() {
+            check_operations::<f32, f32x64::Block>(proof);
+            check_operations::<f64, f64x32::Block>(proof);
         }
     }
 
-    fn check_range<T: Real, B: Lanes<T>>(outside: &[f64]) {
+    fn check_range<T: Real, B: Lanes<T, Proof = Proof>>(proof: Proof, outside: &[f64]) {
         for (lane, &special) in
             (0..B::COUNT).flat_map(|lane| outside.iter().map(move |x| (lane, x)))
         {
             let ordinary = |i| if i == lane { special } else { 1.0 + i as f64 };
             let x: Vec<T> = (0..B::COUNT).map(|i| T::from_f64(ordinary(i))).collect();
-            check_roots::<T, B>(&x);
+            check_roots::<T, B>(proof, &x);
         }
     }
 
     #[test]
     fn one_number_out_of_range_is_noticed() {
-        if Isa::Avx512.is_available() {
+        if let Some(proof) = HasAvx512::detect() {
             let outside = [0.0, -0.0, f64::INFINITY, f64::NAN, -1.0, 5e-324];
-            check_range::<f32, f32x64::Block>(&outside);
-            check_range::<f32, f32x64::Block>(&[1e-38, 1e-42]);
-            check_range::<f64, f64x32::Block>(&outside);
-            check_range::<f64, f64x32::Block>(&[1e-307, 1e-310]);
+            check_range::<f32, f32x64::Block>(proof, &outside);
+            check_range::<f32, f32x64::Block>(proof, &[1e-38, 1e-42]);
+            check_range::<f64, f64x32::Block>(proof, &outside);
+            check_range::<f64, f64x32::Block>(proof, &[1e-307, 1e-310]);
         }
     }
 
     /// Every mantissa; exponents at both ends of the range, in its middle, and outside.
     #[test]
     fn roots_of_f32_are_those_of_the_dividing_unit() {
-        if !Isa::Avx512.is_available() {
+        let Some(proof) = HasAvx512::detect() else {
             return;
-        }
+        };
         for exponent in [0, 1, 26, 27, 28, 127, 128, 253, 254, 255] {
             // Half of a block, twice: only that half is multiplied.
             for mantissa in (0..1 << 23).step_by(32) {
                 let x: [f32; 64] = std::array::from_fn(|i| {
                     f32::from_bits((exponent << 23) | mantissa | (i as u32 % 32))
                 });
-                check_roots::<f32, f32x64::Block>(&x);
+                check_roots::<f32, f32x64::Block>(proof, &x);
             }
         }
     }
@@ -323,9 +350,9 @@ mod tests {
     /// between two numbers; besides, anywhere.
     #[test]
     fn roots_of_f64_are_those_of_the_dividing_unit() {
-        if !Isa::Avx512.is_available() {
+        let Some(proof) = HasAvx512::detect() else {
             return;
-        }
+        };
         let mut random = random();
         for round in 0..200_000 {
             let scale = 2f64.powi((round % 2060) - 1040);
@@ -340,7 +367,7 @@ mod tests {
                 let nearby = square.to_bits() + (round as u64 + i as u64) % 5 - 2;
                 f64::from_bits(nearby) * scale
             });
-            check_roots::<f64, f64x32::Block>(&x);
+            check_roots::<f64, f64x32::Block>(proof, &x);
         }
     }
 
@@ -365,7 +392,7 @@ mod tests {
     /// The proof for `f32`.
     #[test]
     fn near_a_middle_every_estimate_leads_to_the_root() {
-        if !Isa::Avx512.is_available() {
+        if HasAvx512::detect().is_none() {
             return;
         }
         let mut hard = 0;
@@ -399,7 +426,7 @@ mod tests {
     /// Whatever a processor estimates within the 2^-14 that it may be wrong by.
     #[test]
     fn estimates_of_f64_lead_to_the_root() {
-        if !Isa::Avx512.is_available() {
+        if HasAvx512::detect().is_none() {
             return;
         }
         let mut random = random();

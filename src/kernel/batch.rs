@@ -1,18 +1,34 @@
-//! The tensors of one step as work: one flat range of elements over all of them, so that one huge
+//! The arrays of one step as work: one flat range of elements over all of them, so that one huge
 //! tensor and ten thousand tiny ones are cut alike.
+//!
+//! A [`Piece`] is a parameter with its gradient and state: addresses by role, and nothing of their
+//! type, which is the rule's. Pieces are pushed through [`Work`], which says how long they are
+//! borrowed, and live in a [`Batch`], which is kept from step to step so that a step allocates
+//! nothing.
+//!
+//! # Limitations
+//! Who pushes a piece promises that nobody else touches its arrays until the work is done. Where
+//! they belong to Python, another thread may (`p.data = …`, a write into an array) once a long step
+//! has released the GIL. That is a race, as with NumPy's and torch's own kernels; nobody can
+//! promise that it does not happen.
 
+use std::collections::TryReserveError;
 use std::marker::PhantomData;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::dispatch::{self, Isa};
-use super::{Hyper, Real, Rows, norm};
-use crate::parallel::Threads;
-use crate::pool;
+use super::isa::Code;
+use super::rule::{AnyRule, Real, Rule, Slices, with_rule};
+use super::stage::{Form, STAGE};
+use super::{ROLES, Role, norm};
+use crate::threads::Threads;
 
 /// Elements a thread takes at a time, at most: 64 KiB of each f32 stream, so that the streams of a
 /// chunk fit the second-level cache and a step of a millisecond still has enough chunks to balance.
 const CHUNK: usize = 16 * 1024;
+
+/// Elements of one parameter that a chunk never cuts apart. State of fewer bits will share a scale
+/// among so many.
+const BLOCK: usize = 256;
 
 /// Bytes of a cache line, which are those of the longest vector.
 const LINE: usize = 64;
@@ -20,342 +36,239 @@ const LINE: usize = 64;
 /// Elements from which on beginning at a cache line is worth a call more.
 const ALIGNED_FROM: usize = 4096;
 
-/// Elements of a strided tensor that are brought together at a time, on the stack.
-const GATHER: usize = 512;
-
-/// The arrays of one parameter: p g v m b.
-const ARRAYS: usize = 5;
-
 /// What a plain step moves of each element: p and v read and written, g read. Options move more,
 /// which only makes threads pay earlier.
 const STREAMS: usize = 5;
 
-/// The place of g among them: the one that is not written.
-const GRADIENT: usize = 1;
-
 /// The elements of one parameter, or of several that lie next to each other in all their arrays.
 #[derive(Clone, Copy)]
-pub(crate) struct Piece<T> {
-    pub p: *mut T,
-    pub g: *const T,
-    pub v: *mut T,
-    /// Anything unless centered.
-    pub m: *mut T,
-    /// Anything without momentum.
-    pub b: *mut T,
+pub(crate) struct Piece {
+    /// By [`Role`]; anything for those that the rule does not use.
+    pub arrays: [*mut u8; ROLES],
     /// At least 1.
     pub numel: usize,
     /// The parameter's index over all groups.
     pub index: u32,
-    /// Index of the hyperparameters.
-    pub hyper: u32,
-    /// Index of the layout, or [`Piece::DENSE`].
-    pub layout: u32,
+    /// Index of the rule.
+    pub rule: u32,
+    /// Index of the form, or [`Piece::DENSE`].
+    pub form: u32,
 }
 
-impl<T> Piece<T> {
-    /// The layout of arrays that are all dense in the same order.
+impl Piece {
+    /// The form of arrays that are all dense in the same order and of the compute type.
     pub const DENSE: u32 = u32::MAX;
-
-    /// Some of its elements, in the dense arrays p g v m b.
-    fn dense(&self, [p, g, v, m, b]: [*mut T; ARRAYS], numel: usize) -> Self {
-        Piece {
-            p,
-            g,
-            v,
-            m,
-            b,
-            numel,
-            layout: Self::DENSE,
-            ..*self
-        }
-    }
 }
 
-/// How the arrays of a strided tensor lie in memory; strides are in bytes, in the order p g v m b.
-pub(crate) struct Layout {
-    dims: Vec<Dim>,
-}
+// SAFETY: the pointers are followed only inside the methods of `Work`, which hold the borrow that
+// `push` was promised, and there distinct chunks are disjoint.
+#[allow(unsafe_code)]
+unsafe impl Send for Piece {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Piece {}
 
-#[derive(Clone, Copy)]
-pub(crate) struct Dim {
-    pub len: usize,
-    pub strides: [isize; ARRAYS],
-}
-
-impl Layout {
-    /// Dimensions from the slowest to the fastest; those that can be walked as one are merged.
-    #[cfg(feature = "python")] // Only Python's arrays are strided.
-    pub fn new(dims: impl IntoIterator<Item = Dim>) -> Self {
-        let mut merged: Vec<Dim> = Vec::new();
-        for dim in dims.into_iter().filter(|dim| dim.len != 1) {
-            match merged.last_mut() {
-                Some(outer)
-                    if (0..ARRAYS).all(|k| {
-                        outer.strides[k] == dim.strides[k].wrapping_mul(dim.len as isize)
-                    }) =>
-                {
-                    *outer = Dim {
-                        len: outer.len * dim.len,
-                        strides: dim.strides,
-                    };
-                }
-                _ => merged.push(dim),
-            }
-        }
-        Layout { dims: merged }
-    }
-
-    /// Calls `run(offsets, strides, len)` for every stretch of the fastest dimension within the
-    /// elements `start..end`.
-    fn walk(
-        &self,
-        start: usize,
-        end: usize,
-        mut run: impl FnMut([isize; ARRAYS], [isize; ARRAYS], usize),
-    ) {
-        let Some((inner, outer)) = self.dims.split_last() else {
-            return if start < end {
-                run([0; ARRAYS], [0; ARRAYS], 1)
-            };
-        };
-        let mut first = start % inner.len;
-        let mut row = start / inner.len;
-        // Where the walk is in the outer dimensions, the fastest first, and in each array.
-        let mut indices = Vec::with_capacity(outer.len());
-        let mut offsets = [0; ARRAYS];
-        for dim in outer.iter().rev() {
-            let index = row % dim.len;
-            dim.advance(&mut offsets, index as isize);
-            indices.push(index);
-            row /= dim.len;
-        }
-        let mut at = start;
-        while at < end {
-            let len = (inner.len - first).min(end - at);
-            let mut begin = offsets;
-            inner.advance(&mut begin, first as isize);
-            run(begin, inner.strides, len);
-            (at, first) = (at + len, 0);
-            for (dim, index) in outer.iter().rev().zip(&mut indices) {
-                *index += 1;
-                dim.advance(&mut offsets, 1);
-                if *index < dim.len {
-                    break;
-                }
-                dim.advance(&mut offsets, -(dim.len as isize));
-                *index = 0;
-            }
-        }
-    }
-
-    /// Whether the arrays of a piece but the gradient are dense in the order of the walk.
-    fn is_gradient_alone(&self, size: usize, is_used: [bool; ARRAYS]) -> bool {
-        let mut stride = size as isize;
-        self.dims.iter().rev().all(|dim| {
-            let is_dense =
-                (0..ARRAYS).all(|k| k == GRADIENT || !is_used[k] || dim.strides[k] == stride);
-            stride *= dim.len as isize;
-            is_dense
-        })
-    }
-}
-
-impl Dim {
-    #[inline]
-    fn advance(&self, offsets: &mut [isize; ARRAYS], count: isize) {
-        for (offset, stride) in offsets.iter_mut().zip(self.strides) {
-            *offset += stride * count;
-        }
-    }
-}
-
-/// The storage of a [`Batch`], kept from step to step so that a step allocates nothing.
-pub(crate) struct Storage<T> {
-    isa: Isa,
-    pieces: Pieces<T>,
-}
-
-impl<T> std::fmt::Debug for Storage<T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Storage")
-            .field("isa", &self.isa)
-            .finish_non_exhaustive()
-    }
-}
-
-struct Pieces<T> {
-    /// The one to run on in this step.
-    isa: Isa,
-    pieces: Vec<Piece<T>>,
-    hypers: Vec<Hyper<T>>,
-    layouts: Vec<Layout>,
+/// The storage of [`Work`], and the code that it runs.
+pub(crate) struct Batch {
+    code: Code,
+    /// That of this step.
+    code_now: Code,
+    pieces: Vec<Piece>,
+    rules: Vec<AnyRule>,
+    forms: Vec<Form>,
     numel: usize,
+    bytes: usize,
+    /// There are pieces of both compute types, in no order.
+    is_mixed: bool,
     /// For each piece, the elements up to its end; filled before the work is shared.
     ends: Vec<usize>,
-    /// Where the gradients of a norm's chunk are brought together.
-    together: Vec<T>,
     /// The sums of squares of the norm's chunks, as bits.
     squares: Vec<AtomicU64>,
+    /// Where the gradients of a norm's chunk are brought together.
+    together: Vec<f64>,
     /// Where arrays begin and end, and whether they are written.
     #[cfg(feature = "python")]
     spans: Vec<(usize, usize, bool)>,
 }
 
-// SAFETY: the pointers are dereferenced only by `update`, `gather` and what they call, which run
-// only inside the methods of `Batch`; there the pointees are borrowed for `'a`, and distinct chunks
-// are disjoint. After those methods return nobody works on the pieces, because `parallel::for_each`
-// returns only when every thread that had entered has left.
-unsafe impl<T: Send> Send for Pieces<T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Pieces<T> {}
+impl std::fmt::Debug for Batch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batch")
+            .field("code", &self.code)
+            .finish_non_exhaustive()
+    }
+}
 
-impl<T: Real> Storage<T> {
-    /// Room for that many parameters, of that many elements in all, without another allocation.
-    /// Room that is never used is never touched.
-    pub fn new(isa: Isa, parameters: usize, numel: usize) -> Self {
-        let pieces = Pieces {
-            pieces: Vec::with_capacity(parameters),
-            hypers: Vec::with_capacity(parameters),
-            ends: Vec::with_capacity(parameters),
-            together: Vec::with_capacity(if numel > 0 { norm::CHUNK } else { 0 }),
-            squares: Vec::with_capacity(numel.div_ceil(norm::CHUNK)),
-            ..Pieces::new(isa)
-        };
-        Storage { isa, pieces }
+impl Batch {
+    /// No pieces, and no room.
+    pub fn new(code: Code) -> Self {
+        Batch {
+            code,
+            code_now: code,
+            pieces: Vec::new(),
+            rules: Vec::new(),
+            forms: Vec::new(),
+            numel: 0,
+            bytes: 0,
+            is_mixed: false,
+            ends: Vec::new(),
+            squares: Vec::new(),
+            together: Vec::new(),
+            #[cfg(feature = "python")]
+            spans: Vec::new(),
+        }
     }
 
-    /// An empty batch, to be updated in the floating-point mode that this thread is in.
-    pub fn open<'a>(&mut self) -> Batch<'_, 'a, T> {
-        self.pieces.isa = self.isa.in_this_mode();
-        let mut batch = Batch {
-            pieces: &mut self.pieces,
+    /// Runs other code from the next step on.
+    pub fn set_code(&mut self, code: Code) {
+        self.code = code;
+    }
+
+    /// Makes room for that many parameters, of that many elements in all, so that a step allocates
+    /// nothing. Room that is never used is never touched.
+    pub fn reserve(&mut self, parameters: usize, numel: usize) -> Result<(), TryReserveError> {
+        self.open();
+        self.pieces.try_reserve(parameters)?;
+        self.rules.try_reserve(parameters)?;
+        self.ends.clear();
+        self.ends.try_reserve(parameters)?;
+        self.together.try_reserve(norm::CHUNK)?;
+        self.squares.clear();
+        self.squares.try_reserve(numel.div_ceil(norm::CHUNK))
+    }
+
+    /// No work yet, to be done in the floating-point mode that this thread is in.
+    pub fn open<'a>(&mut self) -> Work<'_, 'a> {
+        self.code_now = self.code.in_this_mode();
+        let mut work = Work {
+            batch: self,
             borrowed: PhantomData,
         };
-        batch.clear();
-        batch
+        work.clear();
+        work
     }
 }
 
-/// The tensors of one step. Those given to it are borrowed for `'a`.
-pub(crate) struct Batch<'s, 'a, T> {
-    pieces: &'s mut Pieces<T>,
-    borrowed: PhantomData<&'a mut [T]>,
+/// The arrays of one step, borrowed for `'a`.
+pub(crate) struct Work<'b, 'a> {
+    batch: &'b mut Batch,
+    borrowed: PhantomData<&'a mut [f64]>,
 }
 
-impl<'a, T: Real> Batch<'_, 'a, T> {
-    /// Empties it.
+impl<'a> Work<'_, 'a> {
+    /// Leaves nothing to do.
     pub fn clear(&mut self) {
-        self.pieces.pieces.clear();
-        self.pieces.hypers.clear();
-        self.pieces.layouts.clear();
-        self.pieces.numel = 0;
+        let batch = &mut *self.batch;
+        batch.pieces.clear();
+        batch.rules.clear();
+        batch.forms.clear();
+        (batch.numel, batch.bytes) = (0, 0);
+        batch.is_mixed = false;
     }
 
-    /// Takes hyperparameters and returns their index.
-    pub fn push_hyper(&mut self, hyper: Hyper<T>) -> u32 {
-        let hypers = &mut self.pieces.hypers;
-        hypers.push(hyper);
-        (hypers.len() - 1) as u32
+    /// Takes a rule and returns its index.
+    pub fn push_rule(&mut self, rule: AnyRule) -> u32 {
+        let rules = &mut self.batch.rules;
+        rules.push(rule);
+        (rules.len() - 1) as u32
     }
 
-    /// Takes the layout of a strided piece and returns its index.
+    /// Takes a form and returns its index.
     #[cfg(feature = "python")] // Only Python's arrays are strided.
-    pub fn push_layout(&mut self, layout: Layout) -> u32 {
-        let layouts = &mut self.pieces.layouts;
-        layouts.push(layout);
-        (layouts.len() - 1) as u32
+    pub fn push_form(&mut self, form: Form) -> u32 {
+        let forms = &mut self.batch.forms;
+        forms.push(form);
+        (forms.len() - 1) as u32
     }
 
-    /// Adds the parameter of that index. The slices that the hyperparameters use have its length.
-    pub fn push(&mut self, index: usize, rows: Rows<'a, T>, hyper: u32) {
-        let Rows { p, g, v, m, b } = rows;
+    /// Adds the parameter of that index. The slices that the rule uses have its length.
+    #[allow(unsafe_code)]
+    pub fn push_slices<T: Real>(&mut self, index: usize, slices: Slices<'a, T>, rule: u32) {
+        let Slices { p, g, v, m, b } = slices;
         let numel = p.len();
-        let h = &self.pieces.hypers[hyper as usize];
-        assert!(g.len() == numel && v.len() == numel);
-        assert!(!h.centered || m.len() == numel);
-        assert!(!h.has_momentum() || b.len() == numel);
-        let (g, m, b) = (g.as_ptr(), m.as_mut_ptr(), b.as_mut_ptr());
-        let (p, v) = (p.as_mut_ptr(), v.as_mut_ptr());
-        let (index, layout) = (index as u32, Piece::<T>::DENSE);
+        let any = &self.batch.rules[rule as usize];
+        let lens = [numel, g.len(), v.len(), m.len(), b.len()];
+        assert!(any.dtype() == T::DTYPE && any.roles().all(|role| lens[role as usize] == numel));
+        let arrays = [p.as_mut_ptr(), g.as_ptr().cast_mut(), v.as_mut_ptr()];
+        let [p, g, v] = arrays.map(<*mut T>::cast);
         let piece = Piece {
-            p,
-            g,
-            v,
-            m,
-            b,
+            arrays: [p, g, v, m.as_mut_ptr().cast(), b.as_mut_ptr().cast()],
             numel,
-            index,
-            hyper,
-            layout,
+            index: index as u32,
+            rule,
+            form: Piece::DENSE,
         };
-        // SAFETY: the slices are borrowed for 'a, mutably where written, and have `numel` elements.
-        unsafe { self.push_piece(piece) };
+        // SAFETY: the slices are borrowed for 'a, mutably where written, of the rule's type, and
+        // have `numel` elements.
+        unsafe { self.push(piece) };
     }
 
     /// Adds a piece.
     ///
     /// # Safety
-    /// - For `'a`, each pointer is valid for the elements that `numel` (dense) or the layout names:
-    ///   for reads, and for writes too but for `g`. All but `g` are aligned; a dense `g` is, too.
-    /// - No element of p v m b is reached by another pointer of any piece, or twice through its own
-    ///   layout.
-    /// - `m` need be no array unless the hyperparameters are centered, nor `b` without momentum;
-    ///   `hyper` and `layout` came from this batch.
-    pub unsafe fn push_piece(&mut self, piece: Piece<T>) {
-        if piece.numel > 0 {
-            self.pieces.numel += piece.numel;
-            self.pieces.pieces.push(piece);
+    /// - `rule` and `form` came from this work.
+    /// - For `'a`, each array that the rule uses is valid for the elements that `numel` (dense) or
+    ///   the form names: for reads, and but for the gradient for writes too. All are aligned, but a
+    ///   gradient that the form says is not; dense ones and those that are written are of the rule's
+    ///   compute type.
+    /// - No element of a written array is reached by another role of this piece, or twice through
+    ///   its own form, nor by another piece, unless the work is done by the caller alone.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub unsafe fn push(&mut self, piece: Piece) {
+        let batch = &mut *self.batch;
+        if piece.numel == 0 {
+            return;
         }
-    }
-
-    /// Elements of a piece on average.
-    #[cfg(feature = "python")]
-    pub fn mean_numel(&self) -> usize {
-        self.pieces.numel / self.pieces.pieces.len().max(1)
+        let dtype = batch.rules[piece.rule as usize].dtype();
+        if let Some(last) = batch.pieces.last()
+            && last.rule != piece.rule
+        {
+            batch.is_mixed |= batch.rules[last.rule as usize].dtype() != dtype;
+        }
+        batch.numel += piece.numel;
+        batch.bytes += piece.numel * STREAMS * dtype.size();
+        batch.pieces.push(piece);
     }
 
     /// Bytes that an update reads and writes, about.
     pub fn bytes(&self) -> usize {
-        self.pieces.numel * STREAMS * size_of::<T>()
+        self.batch.bytes
+    }
+
+    /// Whether the pieces are so large that several threads may gain more than it takes to find out
+    /// whether they may ([`Work::is_apart`]): 150 ns a piece.
+    #[cfg(feature = "python")]
+    pub fn is_large(&self) -> bool {
+        const LARGE: usize = 2048;
+        self.batch.numel >= LARGE * self.batch.pieces.len()
     }
 
     /// Whether no piece writes where another one reads or writes, so that they may be updated in
-    /// any order; strided pieces count with all that is between their ends.
+    /// any order; strided arrays count with all that is between their ends.
     #[cfg(feature = "python")] // Rust's slices are apart.
     pub fn is_apart(&mut self) -> bool {
-        let Pieces {
+        let Batch {
             pieces,
-            hypers,
-            layouts,
+            rules,
+            forms,
             spans,
             ..
-        } = &mut *self.pieces;
+        } = &mut *self.batch;
         spans.clear();
+        if spans.try_reserve(pieces.len() * ROLES).is_err() {
+            return false;
+        }
         for piece in &*pieces {
-            let h = &hypers[piece.hyper as usize];
-            let arrays = [
-                (piece.p, true),
-                (piece.g.cast_mut(), true),
-                (piece.v, true),
-                (piece.m, h.centered),
-                (piece.b, h.has_momentum()),
-            ];
-            for (array, (data, _)) in arrays.iter().enumerate().filter(|(_, (_, used))| *used) {
-                let (mut start, mut end) = (data.addr(), data.addr() + size_of::<T>());
-                match layouts.get(piece.layout as usize) {
-                    None => end += (piece.numel - 1) * size_of::<T>(),
-                    Some(layout) => {
-                        for dim in &layout.dims {
-                            let reach = dim.strides[array] * (dim.len as isize - 1);
-                            match reach < 0 {
-                                true => start = start.wrapping_add_signed(reach),
-                                false => end = end.wrapping_add_signed(reach),
-                            }
-                        }
-                    }
-                }
-                spans.push((start, end, array != GRADIENT));
+            let rule = &rules[piece.rule as usize];
+            for role in rule.roles() {
+                let data = piece.arrays[role as usize].addr();
+                let (from, to) = match forms.get(piece.form as usize) {
+                    None => (0, (piece.numel * rule.dtype().size()) as isize),
+                    Some(form) => form.span(role),
+                };
+                let at = |offset| data.wrapping_add_signed(offset);
+                spans.push((at(from), at(to), role.is_written()));
             }
         }
         spans.sort_unstable();
@@ -371,63 +284,49 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
     }
 
     /// The sum of the squares of all gradients, in `f64` ([`norm`]).
-    pub fn sum_squares(&mut self, threads: &Threads) -> f64 {
-        let pieces = &mut *self.pieces;
-        if pieces.numel == 0 {
-            return 0.0;
-        }
-        let chunks = pieces.numel.div_ceil(norm::CHUNK);
-        let threads = threads.useful(pieces.numel * size_of::<T>());
-        if threads <= 1 {
+    pub fn sum_squares(&mut self, threads: &Threads<'_>) -> f64 {
+        const TOGETHER: usize = CHUNK / norm::CHUNK;
+        self.batch.sort();
+        let chunks = self.batch.numel.div_ceil(norm::CHUNK);
+        let count = threads.count_for(self.batch.bytes / STREAMS);
+        if count <= 1 {
             let mut sum = 0.0;
-            let mut together = std::mem::take(&mut pieces.together);
-            together.resize(norm::CHUNK, T::ZERO);
-            pieces.squares_of(0..chunks, &mut together, |_, square| sum += square);
-            pieces.together = together;
+            let mut together = std::mem::take(&mut self.batch.together);
+            together.resize(norm::CHUNK, 0.0);
+            let add = |_, square| sum += square;
+            self.batch.squares_of(0..chunks, &mut together, add);
+            self.batch.together = together;
             return sum;
         }
-        const TOGETHER: usize = CHUNK / norm::CHUNK;
-        pieces.squares.resize_with(chunks, AtomicU64::default);
-        self.on_threads(chunks.div_ceil(TOGETHER), threads, |pieces, part| {
-            let end = ((part + 1) * TOGETHER).min(pieces.squares.len());
-            pieces.squares_of(
-                part * TOGETHER..end,
-                &mut [T::ZERO; norm::CHUNK],
-                |chunk, square| {
-                    pieces.squares[chunk].store(square.to_bits(), Relaxed);
-                },
-            );
+        self.batch.index();
+        self.batch.squares.resize_with(chunks, AtomicU64::default);
+        let batch = &*self.batch;
+        threads.for_each(count, chunks.div_ceil(TOGETHER), &|part| {
+            let end = ((part + 1) * TOGETHER).min(chunks);
+            let note = |chunk: usize, square: f64| {
+                batch.squares[chunk].store(square.to_bits(), Relaxed);
+            };
+            batch.squares_of(part * TOGETHER..end, &mut [0.0; norm::CHUNK], note);
         });
-        let squares = self.pieces.squares.iter();
+        let squares = batch.squares.iter();
         squares.fold(0.0, |sum, square| {
             sum + f64::from_bits(square.load(Relaxed))
         })
     }
 
-    /// Calls `work` for every index below `count`, on several threads.
-    fn on_threads(&mut self, count: usize, threads: usize, work: fn(&Pieces<T>, usize)) {
-        self.pieces.index();
-        let empty = Pieces::new(self.pieces.isa);
-        let shared = Arc::new(std::mem::replace(self.pieces, empty));
-        pool::for_each(&shared, count, threads, work);
-        *self.pieces = Arc::into_inner(shared)
-            .expect("when `for_each` has returned, no other thread holds what it shared");
-    }
-
     /// The first non-finite element of a gradient: (index of the parameter, element of the piece,
     /// value).
     pub fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
-        let pieces = &*self.pieces;
-        let mut buffer = [T::ZERO; GATHER];
-        for piece in &pieces.pieces {
-            for start in (0..piece.numel).step_by(GATHER) {
-                let end = (start + GATHER).min(piece.numel);
-                pieces.gather(piece, start, end, &mut buffer);
-                let found = buffer[..end - start]
-                    .iter()
-                    .position(|x| !x.to_f64().is_finite());
+        self.batch.sort();
+        let batch = &*self.batch;
+        let mut buffer = [0.0; STAGE];
+        for piece in &batch.pieces {
+            for start in (0..piece.numel).step_by(STAGE) {
+                let end = (start + STAGE).min(piece.numel);
+                batch.fill_gradient(piece, start, end, &mut buffer);
+                let found = buffer[..end - start].iter().position(|x| !x.is_finite());
                 if let Some(i) = found {
-                    return Some((piece.index as usize, start + i, buffer[i].to_f64()));
+                    return Some((piece.index as usize, start + i, buffer[i]));
                 }
             }
         }
@@ -436,54 +335,45 @@ impl<'a, T: Real> Batch<'_, 'a, T> {
 
     /// Scales all gradients by the clipping factor.
     pub fn clip(&mut self, factor: f64) {
-        self.pieces
-            .hypers
-            .iter_mut()
-            .for_each(|hyper| hyper.clip(factor));
+        let rules = self.batch.rules.iter_mut();
+        rules.for_each(|rule| rule.clip(factor));
     }
 
     /// Updates every parameter and its state.
-    pub fn update(mut self, threads: &Threads) {
-        let threads = threads.useful(self.bytes());
-        if threads <= 1 {
-            let pieces = &*self.pieces;
-            return pieces.update(Stretch {
-                pieces: &pieces.pieces,
+    pub fn update(self, threads: &Threads<'_>) {
+        let count = threads.count_for(self.batch.bytes);
+        if count <= 1 {
+            return self.batch.update(Stretch {
+                pieces: &self.batch.pieces,
                 start: 0,
-                len: pieces.numel,
+                len: self.batch.numel,
             });
         }
-        let chunks = self.pieces.numel.div_ceil(self.pieces.chunk());
-        self.on_threads(chunks, threads, |pieces, chunk| {
-            let start = chunk * pieces.chunk();
-            let end = (start + pieces.chunk()).min(pieces.numel);
-            pieces.update(pieces.stretch(start, end));
+        self.batch.index();
+        let batch = &*self.batch;
+        let chunk = batch.chunk();
+        threads.for_each(count, batch.numel.div_ceil(chunk), &|k| {
+            batch.update(batch.stretch(k * chunk, (k + 1) * chunk));
         });
     }
 }
 
-impl<T> Pieces<T> {
-    fn new(isa: Isa) -> Self {
-        Pieces {
-            isa,
-            pieces: Vec::new(),
-            hypers: Vec::new(),
-            layouts: Vec::new(),
-            numel: 0,
-            ends: Vec::new(),
-            together: Vec::new(),
-            squares: Vec::new(),
-            #[cfg(feature = "python")]
-            spans: Vec::new(),
-        }
-    }
-}
-
-impl<T: Real> Pieces<T> {
+impl Batch {
     /// Elements that a thread takes at a time: less of a small step, so that all end together. (A
     /// quarter of this was slower at 65 k elements, four times as much at 524 k.)
     fn chunk(&self) -> usize {
         (self.numel / 64).next_multiple_of(4096).clamp(4096, CHUNK)
+    }
+
+    /// Orders pieces of both compute types by type, as `contiguous_params` does, for the norm adds
+    /// up in their order.
+    fn sort(&mut self) {
+        if std::mem::take(&mut self.is_mixed) {
+            let rules = &self.rules;
+            let dtype = |piece: &Piece| rules[piece.rule as usize].dtype() as u8;
+            self.pieces
+                .sort_unstable_by_key(|piece| (dtype(piece), piece.index));
+        }
     }
 
     /// Fills `ends`.
@@ -496,137 +386,133 @@ impl<T: Real> Pieces<T> {
         }));
     }
 
-    /// The elements `start..end` of the flat range. Needs `ends`.
-    fn stretch(&self, start: usize, end: usize) -> Stretch<'_, T> {
-        let first = self.ends.partition_point(|&piece_end| piece_end <= start);
-        let piece_start = self.ends[first] - self.pieces[first].numel;
+    /// The elements `start..end` of the flat range, but for cuts inside of a parameter, which are at
+    /// multiples of a block. Needs `ends`.
+    fn stretch(&self, start: usize, end: usize) -> Stretch<'_> {
+        let cut = |at: usize| {
+            let index = self.ends.partition_point(|&piece_end| piece_end <= at);
+            match self.pieces.get(index) {
+                None => (index, self.numel, 0),
+                Some(piece) => {
+                    let before = self.ends[index] - piece.numel;
+                    let inside = (at - before) / BLOCK * BLOCK;
+                    (index, before + inside, inside)
+                }
+            }
+        };
+        let (first, from, start) = cut(start);
+        let (_, to, _) = cut(end);
         Stretch {
             pieces: &self.pieces[first..],
-            start: start - piece_start,
-            len: end - start,
+            start,
+            len: to - from,
         }
     }
 
     /// Updates a stretch.
-    fn update(&self, mut stretch: Stretch<'_, T>) {
+    fn update(&self, mut stretch: Stretch<'_>) {
         while let Some(piece) = stretch.first() {
-            let h = &self.hypers[piece.hyper as usize];
-            match piece.layout {
-                Piece::<T>::DENSE => self.update_dense(&mut stretch, h),
-                _ => {
-                    let end = piece.numel.min(stretch.start + stretch.len);
-                    self.update_strided(piece, stretch.start, end, h);
-                    stretch.advance(end - stretch.start);
+            with_rule!(&self.rules[piece.rule as usize], rule => {
+                match self.forms.get(piece.form as usize) {
+                    None => self.update_dense(&mut stretch, piece, rule),
+                    Some(form) => self.update_staged(&mut stretch, piece, form, rule),
                 }
-            }
+            });
         }
     }
 
-    /// Updates the dense pieces at the front of a stretch that have the hyperparameters of its first
-    /// one: finding the code for these takes a quarter of the time that a hundred elements do.
-    fn update_dense(&self, stretch: &mut Stretch<'_, T>, h: &Hyper<T>) {
-        let Some(first) = stretch.first() else { return };
-        let rows = std::iter::from_fn(|| {
+    /// Updates the dense pieces at the front of a stretch that have the rule of its first one:
+    /// finding the code for it takes a quarter of the time that a hundred elements do.
+    #[inline]
+    #[allow(unsafe_code)]
+    fn update_dense<T: Real>(&self, stretch: &mut Stretch<'_>, first: &Piece, rule: &Rule<T>) {
+        let all = std::iter::from_fn(|| {
             let piece = stretch.first()?;
-            if piece.hyper != first.hyper || piece.layout != Piece::<T>::DENSE {
+            if piece.rule != first.rule || piece.form != Piece::DENSE {
                 return None;
             }
             let (start, len) = (stretch.start, stretch.len.min(piece.numel - stretch.start));
             // First up to the cache line that the parameter begins on: stores that go across two
             // lines made 10 M elements slower by a tenth. State mostly lies like its parameter.
+            let p = piece.arrays[Role::Parameter as usize].cast::<T>();
             let head = match len {
                 0..ALIGNED_FROM => 0,
-                _ => piece.p.wrapping_add(start).addr().wrapping_neg() % LINE / size_of::<T>(),
+                _ => p.wrapping_add(start).addr().wrapping_neg() % LINE / size_of::<T>(),
             };
             let len = if head > 0 { head } else { len };
             stretch.advance(len);
-            // SAFETY: by the contract of `push_piece` the gradient is valid for `numel` elements,
-            // and so are the other arrays that `h` uses, which are not aliased; nobody else works
-            // on these elements: the chunks of a step are disjoint. Of a piece that was made of a
-            // strided one, arrays are stretches of that one's or buffers of the caller's.
-            Some(unsafe {
-                let g = std::slice::from_raw_parts(piece.g.add(start), len);
-                dense_rows(piece, start, g, h)
-            })
+            // SAFETY: by the contract of `push` the arrays that the rule uses are valid for `numel`
+            // elements of its type, and those that are written are not aliased; nobody else works on
+            // these elements, for the chunks of a step are disjoint.
+            Some(unsafe { dense(piece, start, len, rule) })
         });
-        dispatch::rows(self.isa, rows, h);
+        self.code_now.sweep_all(all, rule);
     }
 
-    /// The same where only the gradient is strided, as with one in the other memory order: the
-    /// other arrays are updated where they are.
-    fn update_with_gathered_gradient(
-        &self,
-        piece: &Piece<T>,
-        start: usize,
-        end: usize,
-        h: &Hyper<T>,
-    ) {
-        let mut buffer = [T::ZERO; GATHER];
-        for start in (start..end).step_by(GATHER) {
-            let len = GATHER.min(end - start);
-            self.gather(piece, start, start + len, &mut buffer);
-            let at = |x: *mut T| x.wrapping_add(start);
-            let g = buffer.as_mut_ptr();
-            let arrays = [at(piece.p), g, at(piece.v), at(piece.m), at(piece.b)];
-            self.update_dense(&mut Stretch::of(&piece.dense(arrays, len)), h);
-        }
-    }
-
-    /// Brings strided elements together, updates them there, and puts them back.
+    /// Updates the piece at the front of a stretch.
     #[cold]
-    fn update_strided(&self, piece: &Piece<T>, start: usize, end: usize, h: &Hyper<T>) {
-        let layout = &self.layouts[piece.layout as usize];
-        let arrays = [piece.p, piece.g.cast_mut(), piece.v, piece.m, piece.b];
-        let is_used = [true, true, true, h.centered, h.has_momentum()];
-        let used = || (0..ARRAYS).filter(|&array| is_used[array]);
-        if layout.is_gradient_alone(size_of::<T>(), is_used) {
-            return self.update_with_gathered_gradient(piece, start, end, h);
-        }
-        let mut buffers = [[T::ZERO; GATHER]; ARRAYS];
-        for start in (start..end).step_by(GATHER) {
-            let end = (start + GATHER).min(end);
-            let len = end - start;
-            for array in used() {
-                let source = arrays[array].cast_const().cast();
-                gather_from(layout, array, source, start, end, &mut buffers[array]);
-            }
-            let gathered = buffers.each_mut().map(|buffer| buffer.as_mut_ptr());
-            self.update_dense(&mut Stretch::of(&piece.dense(gathered, len)), h);
-            for array in used().filter(|&array| array != GRADIENT) {
-                let mut filled = 0;
-                layout.walk(start, end, |offsets, strides, len| {
-                    for (i, x) in buffers[array][filled..filled + len].iter().enumerate() {
-                        let offset = offsets[array] + strides[array] * i as isize;
-                        // SAFETY: by the contract of `push_piece` the layout stays inside the
-                        // array, which is aligned and not aliased; nobody else works on
-                        // `start..end`.
-                        unsafe { *arrays[array].byte_offset(offset) = *x };
-                    }
-                    filled += len;
-                });
-            }
-        }
+    #[allow(unsafe_code)]
+    fn update_staged<T: Real>(
+        &self,
+        stretch: &mut Stretch<'_>,
+        piece: &Piece,
+        form: &Form,
+        rule: &Rule<T>,
+    ) {
+        let start = stretch.start;
+        let len = stretch.len.min(piece.numel - start);
+        stretch.advance(len);
+        // SAFETY: by the contract of `push` the arrays that the rule uses are of this form; nobody
+        // else works on these elements, for the chunks of a step are disjoint.
+        unsafe { form.sweep(self.code_now, &piece.arrays, start..start + len, rule) };
     }
 
-    /// Copies the gradient's elements `start..end` to the front of `buffer`.
-    fn gather(&self, piece: &Piece<T>, start: usize, end: usize, buffer: &mut [T]) {
-        if piece.layout != Piece::<T>::DENSE {
-            let layout = &self.layouts[piece.layout as usize];
-            return gather_from(layout, GRADIENT, piece.g.cast(), start, end, buffer);
+    /// Copies the gradient's elements `start..end` to the front of `buffer`, rounded to the compute
+    /// type and widened again.
+    #[allow(unsafe_code)]
+    fn fill_gradient(&self, piece: &Piece, start: usize, end: usize, buffer: &mut [f64]) {
+        fn widen<T: Real>(from: &[T], to: &mut [f64]) {
+            for (x, y) in from.iter().zip(to) {
+                *y = x.to_f64();
+            }
         }
-        // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned for `numel`
-        // elements.
-        let g = unsafe { std::slice::from_raw_parts(piece.g.add(start), end - start) };
-        buffer[..g.len()].copy_from_slice(g);
+        fn fill<T: Real>(
+            _: &Rule<T>,
+            (piece, form): (&Piece, Option<&Form>),
+            (start, end): (usize, usize),
+            buffer: &mut [f64],
+        ) {
+            let g = piece.arrays[Role::Gradient as usize].cast_const();
+            let Some(form) = form else {
+                // SAFETY: by the contract of `push` a dense gradient is valid for `numel` elements
+                // of the rule's type.
+                let g =
+                    unsafe { std::slice::from_raw_parts(g.cast::<T>().add(start), end - start) };
+                return widen(g, buffer);
+            };
+            let mut rounded = [T::ZERO; STAGE];
+            for (start, buffer) in (start..end).step_by(STAGE).zip(buffer.chunks_mut(STAGE)) {
+                let part = start..(start + STAGE).min(end);
+                let len = part.len();
+                // SAFETY: by the contract of `push` the gradient is of this form.
+                unsafe { form.fill(Role::Gradient, g, part, &mut rounded) };
+                widen(&rounded[..len], buffer);
+            }
+        }
+        let form = self.forms.get(piece.form as usize);
+        with_rule!(&self.rules[piece.rule as usize], rule => {
+            fill(rule, (piece, form), (start, end), buffer);
+        });
     }
 
-    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range; in
-    /// `together`, which is one long, the gradients of a chunk are brought together if they are
-    /// not. Needs `ends` unless the range starts at 0.
+    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range; in `together`,
+    /// which is one long, the gradients of a chunk are brought together if they are not. Needs `ends`
+    /// unless the range starts at 0.
+    #[allow(unsafe_code)]
     fn squares_of(
         &self,
         chunks: std::ops::Range<usize>,
-        together: &mut [T],
+        together: &mut [f64],
         mut work: impl FnMut(usize, f64),
     ) {
         let mut index = match chunks.start {
@@ -644,15 +530,24 @@ impl<T: Real> Pieces<T> {
             while filled < wanted {
                 let piece = &self.pieces[index];
                 let len = (piece.numel - at).min(wanted - filled);
-                if len == wanted && piece.layout == Piece::<T>::DENSE {
-                    // SAFETY: by the contract of `push_piece` a dense gradient is valid and aligned
-                    // for `numel` elements.
-                    let g = unsafe { std::slice::from_raw_parts(piece.g.add(at), len) };
-                    work(chunk, dispatch::sum_squares(self.isa, g));
+                if len == wanted && piece.form == Piece::DENSE {
+                    let g = piece.arrays[Role::Gradient as usize].cast_const();
+                    let square = match &self.rules[piece.rule as usize] {
+                        // SAFETY: by the contract of `push` a dense gradient is valid for `numel`
+                        // elements of the rule's type.
+                        AnyRule::F32(_) => self.code_now.sum_squares(unsafe {
+                            std::slice::from_raw_parts(g.cast::<f32>().add(at), len)
+                        }),
+                        // SAFETY: as above.
+                        AnyRule::F64(_) => self.code_now.sum_squares(unsafe {
+                            std::slice::from_raw_parts(g.cast::<f64>().add(at), len)
+                        }),
+                    };
+                    work(chunk, square);
                 } else {
-                    self.gather(piece, at, at + len, &mut together[filled..]);
+                    self.fill_gradient(piece, at, at + len, &mut together[filled..filled + len]);
                     if filled + len == wanted {
-                        work(chunk, dispatch::sum_squares(self.isa, &together[..wanted]));
+                        work(chunk, self.code_now.sum_squares(&together[..wanted]));
                     }
                 }
                 filled += len;
@@ -666,28 +561,19 @@ impl<T: Real> Pieces<T> {
 }
 
 /// A part of the flat range.
-struct Stretch<'x, T> {
+struct Stretch<'x> {
     /// From the one on that it begins in.
-    pieces: &'x [Piece<T>],
+    pieces: &'x [Piece],
     /// Where in that one.
     start: usize,
     /// Elements.
     len: usize,
 }
 
-impl<'x, T> Stretch<'x, T> {
-    /// A whole piece.
-    fn of(piece: &'x Piece<T>) -> Self {
-        Stretch {
-            pieces: std::slice::from_ref(piece),
-            start: 0,
-            len: piece.numel,
-        }
-    }
-
+impl<'x> Stretch<'x> {
     /// The piece that it begins in.
     #[inline(always)]
-    fn first(&self) -> Option<&'x Piece<T>> {
+    fn first(&self) -> Option<&'x Piece> {
         if self.len == 0 {
             return None;
         }
@@ -705,49 +591,31 @@ impl<'x, T> Stretch<'x, T> {
     }
 }
 
-/// The rows of dense arrays from element `start` on, as many as there are elements of `g`.
+/// Some elements of dense arrays.
 ///
 /// # Safety
-/// In `'a` the arrays of the piece that `h` uses, but for the gradient, are valid for those
-/// elements, and nobody else uses these.
+/// In `'a` the arrays of the piece that the rule uses are of type `T` and valid for those elements,
+/// and nobody else uses those that are written.
 #[inline(always)]
-unsafe fn dense_rows<'a, T: Real>(
-    piece: &Piece<T>,
+#[allow(unsafe_code)]
+unsafe fn dense<'a, T: Real>(
+    piece: &Piece,
     start: usize,
-    g: &'a [T],
-    h: &Hyper<T>,
-) -> Rows<'a, T> {
-    let row = |x: *mut T, is_used| match is_used {
+    len: usize,
+    rule: &Rule<T>,
+) -> Slices<'a, T> {
+    let [p, g, v, m, b] = piece.arrays.map(<*mut u8>::cast::<T>);
+    let written = |x: *mut T, is_used| match is_used {
         // SAFETY: passed on to the caller.
-        true => unsafe { std::slice::from_raw_parts_mut(x.add(start), g.len()) },
+        true => unsafe { std::slice::from_raw_parts_mut(x.add(start), len) },
         false => &mut [][..],
     };
-    Rows {
-        p: row(piece.p, true),
-        g,
-        v: row(piece.v, true),
-        m: row(piece.m, h.centered),
-        b: row(piece.b, h.has_momentum()),
+    Slices {
+        p: written(p, true),
+        // SAFETY: passed on to the caller.
+        g: unsafe { std::slice::from_raw_parts(g.add(start).cast_const(), len) },
+        v: written(v, true),
+        m: written(m, rule.centered),
+        b: written(b, rule.has_momentum()),
     }
-}
-
-/// Copies the elements `start..end` of one array of a strided piece to the front of `buffer`.
-fn gather_from<T: Real>(
-    layout: &Layout,
-    array: usize,
-    source: *const u8,
-    start: usize,
-    end: usize,
-    buffer: &mut [T],
-) {
-    let mut filled = 0;
-    layout.walk(start, end, |offsets, strides, len| {
-        for (i, x) in buffer[filled..filled + len].iter_mut().enumerate() {
-            let offset = offsets[array] + strides[array] * i as isize;
-            // SAFETY: by the contract of `push_piece` the layout stays inside the array. A gradient
-            // may be unaligned.
-            *x = unsafe { source.offset(offset).cast::<T>().read_unaligned() };
-        }
-        filled += len;
-    });
 }

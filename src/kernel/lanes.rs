@@ -6,14 +6,16 @@ use std::ops::{Add, Div, Mul, Sub};
 pub trait Lanes<T>:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self>
 {
+    /// Shows that the processor has what they are made of; whoever holds lanes had one.
+    type Proof: Copy;
     /// How many.
     const COUNT: usize;
-    /// How long a row is from which on it is worth being cut into blocks of so many and a rest.
+    /// How long an array is from which on it is worth being cut into blocks of so many and a rest.
     const FROM: usize = Self::COUNT;
     /// The same number in all lanes.
-    fn splat(x: T) -> Self;
+    fn splat(proof: Self::Proof, x: T) -> Self;
     /// The elements of `x` from `start` on.
-    fn load(x: &[T], start: usize) -> Self;
+    fn load(proof: Self::Proof, x: &[T], start: usize) -> Self;
     /// Writes them there.
     fn store(self, x: &mut [T], start: usize);
     /// The correctly rounded square root.
@@ -25,13 +27,14 @@ pub trait Lanes<T>:
 macro_rules! one_lane {
     ($t:ty) => {
         impl Lanes<$t> for $t {
+            type Proof = ();
             const COUNT: usize = 1;
             #[inline(always)]
-            fn splat(x: $t) -> Self {
+            fn splat((): (), x: $t) -> Self {
                 x
             }
             #[inline(always)]
-            fn load(x: &[$t], start: usize) -> Self {
+            fn load((): (), x: &[$t], start: usize) -> Self {
                 x[start]
             }
             #[inline(always)]

@@ -1,257 +1,81 @@
-//! The arithmetic of a step: the rule ([`update`]), the norm of the gradients ([`norm`]), both
-//! compiled for each instruction set ([`dispatch`]), over the tensors of a step ([`batch`]).
+//! The arithmetic of a step.
+//!
+//! [`update`] is the formula and [`rule`] what it needs to know; [`norm`] sums the squares of the
+//! gradients; [`isa`] compiles both for each instruction set. They work on dense slices of the
+//! compute type and know nothing else. [`batch`] cuts the arrays of a step into chunks, and
+//! [`stage`] brings what is not dense, or of another element type, into slices and back.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod batch;
-pub(crate) mod dispatch;
+pub(crate) mod isa;
 mod lanes;
 pub(crate) mod norm;
+pub(crate) mod rule;
+pub(crate) mod stage;
 mod update;
 
-use std::ops::{Add, Div, Mul, Sub};
+use crate::state::StateKey;
 
-use crate::config::Config;
-use lanes::Lanes;
-
-/// A compute type: `f32` or `f64`.
-///
-/// The trait is sealed; the operations are IEEE 754's, each rounding once.
-pub trait Real:
-    sealed::Sealed
-    + Copy
-    + Default
-    + PartialOrd
-    + Add<Output = Self>
-    + Sub<Output = Self>
-    + Mul<Output = Self>
-    + Div<Output = Self>
-    + Send
-    + Sync
-    + std::fmt::Debug
-    + 'static
-{
-    /// Positive zero.
-    const ZERO: Self;
-    /// Rounds to this type, to nearest.
-    fn from_f64(value: f64) -> Self;
-    /// Widens to `f64`, exactly.
-    fn to_f64(self) -> f64;
-    /// The correctly rounded square root.
-    fn sqrt(self) -> Self;
-}
-
-mod sealed {
-    use super::lanes::Lanes;
-
-    pub trait Sealed: Sized {
-        /// One number at a time.
-        type One: Lanes<Self>;
-        /// What AVX-512 computes with.
-        #[cfg(target_arch = "x86_64")]
-        type Avx512: Lanes<Self>;
-    }
-    impl Sealed for f32 {
-        type One = f32;
-        #[cfg(target_arch = "x86_64")]
-        type Avx512 = super::avx512::f32x64::Block;
-    }
-    impl Sealed for f64 {
-        type One = f64;
-        #[cfg(target_arch = "x86_64")]
-        type Avx512 = super::avx512::f64x32::Block;
-    }
-}
-
-macro_rules! real {
-    ($t:ty) => {
-        impl Real for $t {
-            const ZERO: Self = 0.0;
-            #[inline(always)]
-            fn from_f64(value: f64) -> Self {
-                value as $t
-            }
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                self as f64
-            }
-            #[inline(always)]
-            fn sqrt(self) -> Self {
-                <$t>::sqrt(self)
-            }
-        }
-    };
-}
-real!(f32);
-real!(f64);
-
-/// Whether and how the update goes through a momentum buffer.
+/// The arrays of a parameter by the symbols of the formula, in the order in which addresses,
+/// strides and element types are listed by role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Momentum {
-    Off,
-    HeavyBall,
-    Nesterov,
+pub(crate) enum Role {
+    Parameter,
+    Gradient,
+    SquareAvg,
+    GradAvg,
+    MomentumBuffer,
 }
 
-/// Whether and how the parameter itself pulls the update towards zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Decay {
-    Off,
-    L2,
-    Decoupled,
-}
+/// How many roles there are.
+pub(crate) const ROLES: usize = 5;
 
-/// The hyperparameters of one update, combined in `f64` and then rounded once to the compute type.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Hyper<T> {
-    pub centered: bool,
-    pub momentum_rule: Momentum,
-    pub decay_rule: Decay,
-    /// -1 when maximizing, times the clipping factor.
-    pub grad_scale: T,
-    pub weight_decay: T,
-    pub lr_weight_decay: T,
-    pub alpha: T,
-    pub one_minus_alpha: T,
-    /// 1 / (1 - alpha^t) with bias correction, else 1.
-    pub correction: T,
-    pub eps_in: T,
-    pub eps_out: T,
-    pub momentum: T,
-    pub lr: T,
-    pub lr_in: T,
-    pub lr_out: T,
-}
+impl Role {
+    /// In their order.
+    pub const ALL: [Role; ROLES] = [
+        Role::Parameter,
+        Role::Gradient,
+        Role::SquareAvg,
+        Role::GradAvg,
+        Role::MomentumBuffer,
+    ];
 
-impl<T: Real> Hyper<T> {
-    /// What `config` means for a parameter's update number `t`, counted from 1.
-    pub fn new(config: &Config, t: u64) -> Self {
-        let Config {
-            lr,
-            alpha,
-            eps,
-            weight_decay,
-            momentum,
-            ..
-        } = *config;
-        let correction = if config.bias_correction {
-            1.0 / (1.0 - power(alpha, t))
-        } else {
-            1.0
-        };
-        let (eps_in, eps_out) = if config.eps_in_sqrt {
-            (eps, 0.0)
-        } else {
-            (0.0, eps)
-        };
-        let (lr_in, lr_out) = if config.lr_in_momentum {
-            (lr, 1.0)
-        } else {
-            (1.0, lr)
-        };
-        Hyper {
-            centered: config.centered,
-            momentum_rule: match (momentum > 0.0, config.nesterov) {
-                (false, _) => Momentum::Off,
-                (true, false) => Momentum::HeavyBall,
-                (true, true) => Momentum::Nesterov,
-            },
-            decay_rule: match (weight_decay != 0.0, config.decoupled_weight_decay) {
-                (false, _) => Decay::Off,
-                (true, false) => Decay::L2,
-                (true, true) => Decay::Decoupled,
-            },
-            grad_scale: T::from_f64(if config.maximize { -1.0 } else { 1.0 }),
-            weight_decay: T::from_f64(weight_decay),
-            lr_weight_decay: T::from_f64(lr * weight_decay),
-            alpha: T::from_f64(alpha),
-            one_minus_alpha: T::from_f64(1.0 - alpha),
-            correction: T::from_f64(correction),
-            eps_in: T::from_f64(eps_in),
-            eps_out: T::from_f64(eps_out),
-            momentum: T::from_f64(momentum),
-            lr: T::from_f64(lr),
-            lr_in: T::from_f64(lr_in),
-            lr_out: T::from_f64(lr_out),
-        }
-    }
-
-    /// The same in all lanes.
+    /// The key of the state that it is.
+    #[cfg_attr(not(feature = "python"), allow(dead_code))]
     #[inline(always)]
-    pub fn splat<L: Lanes<T>>(&self) -> Hyper<L> {
-        Hyper {
-            centered: self.centered,
-            momentum_rule: self.momentum_rule,
-            decay_rule: self.decay_rule,
-            grad_scale: L::splat(self.grad_scale),
-            weight_decay: L::splat(self.weight_decay),
-            lr_weight_decay: L::splat(self.lr_weight_decay),
-            alpha: L::splat(self.alpha),
-            one_minus_alpha: L::splat(self.one_minus_alpha),
-            correction: L::splat(self.correction),
-            eps_in: L::splat(self.eps_in),
-            eps_out: L::splat(self.eps_out),
-            momentum: L::splat(self.momentum),
-            lr: L::splat(self.lr),
-            lr_in: L::splat(self.lr_in),
-            lr_out: L::splat(self.lr_out),
+    pub fn state_key(self) -> Option<StateKey> {
+        match self {
+            Role::Parameter | Role::Gradient => None,
+            Role::SquareAvg => Some(StateKey::SquareAvg),
+            Role::GradAvg => Some(StateKey::GradAvg),
+            Role::MomentumBuffer => Some(StateKey::MomentumBuffer),
         }
     }
 
-    /// Whether the momentum buffer is used.
-    #[inline]
-    pub fn has_momentum(&self) -> bool {
-        self.momentum_rule != Momentum::Off
-    }
-
-    /// Scales the gradient by the clipping factor as well.
-    pub fn clip(&mut self, factor: f64) {
-        self.grad_scale = T::from_f64(self.grad_scale.to_f64() * factor);
+    /// Whether a step writes it.
+    pub fn is_written(self) -> bool {
+        self != Role::Gradient
     }
 }
 
-/// `base^exponent` by repeated squaring, written out because `powi` is free to round differently on
-/// each platform.
-fn power(mut base: f64, mut exponent: u64) -> f64 {
-    let mut result = 1.0;
-    while exponent > 0 {
-        if exponent & 1 == 1 {
-            result *= base;
+/// The element types that arrays are stored in.
+#[cfg_attr(not(feature = "python"), allow(dead_code))] // Rust's slices are of the compute type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DType {
+    F16,
+    BF16,
+    F32,
+    F64,
+}
+
+impl DType {
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F16 | DType::BF16 => 2,
+            DType::F32 => 4,
+            DType::F64 => 8,
         }
-        base *= base;
-        exponent >>= 1;
-    }
-    result
-}
-
-/// The same elements of the arrays of one parameter, all of `p.len()` elements; `m` is empty unless
-/// centered, `b` is empty without momentum.
-pub(crate) struct Rows<'a, T> {
-    pub p: &'a mut [T],
-    pub g: &'a [T],
-    pub v: &'a mut [T],
-    pub m: &'a mut [T],
-    pub b: &'a mut [T],
-}
-
-impl<T> Rows<'_, T> {
-    /// Those before an element and those from it on.
-    pub fn split_at(self, element: usize) -> (Self, Self) {
-        fn cut<T>(x: &mut [T], element: usize) -> (&mut [T], &mut [T]) {
-            x.split_at_mut(element.min(x.len()))
-        }
-        let (g, rest_g) = self.g.split_at(element);
-        let (p, rest_p) = cut(self.p, element);
-        let (v, rest_v) = cut(self.v, element);
-        let (m, rest_m) = cut(self.m, element);
-        let (b, rest_b) = cut(self.b, element);
-        let rest = Rows {
-            p: rest_p,
-            g: rest_g,
-            v: rest_v,
-            m: rest_m,
-            b: rest_b,
-        };
-        (Rows { p, g, v, m, b }, rest)
     }
 }

@@ -5,7 +5,7 @@
 //! chunks are added in order. So the sum depends neither on threads, nor on the instruction set,
 //! nor on whether tensors lie next to each other in memory.
 
-use super::Real;
+use super::rule::Real;
 
 /// Elements that are summed by themselves.
 pub(crate) const CHUNK: usize = 4096;

@@ -4,27 +4,28 @@
 //! one index; `h` holds the hyperparameters, already rounded to the compute type `T`.
 //!
 //! Every operation rounds once. There is no `mul_add` here and Rust never contracts `a * b + c`, so
-//! the bits do not depend on the instruction set that [`dispatch`](super::dispatch) compiles this
+//! the bits do not depend on the instruction set that [`isa`](super::isa) compiles this
 //! for.
 
 use super::lanes::Lanes;
-use super::{Decay, Hyper, Momentum, Real, Rows};
+use super::rule::{Decay, Momentum, Real, Rule, Slices};
 
-/// One pass over the rows. The options are constants, so a line that is off is not computed at all:
-/// `0 * inf` would be NaN.
+/// One pass over dense arrays. The options are constants, so a line that is off is not computed at
+/// all: `0 * inf` would be NaN.
 // The slices are arguments, not fields of one struct, because only reference arguments tell LLVM
 // that they do not alias; it would otherwise check that at run time, for every tensor.
 #[inline(always)]
 fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
+    proof: L::Proof,
     p: &mut [T],
     g: &[T],
     v: &mut [T],
     m: &mut [T],
     b: &mut [T],
-    h: &Hyper<T>,
+    h: &Rule<T>,
 ) {
-    // Here, and not once for all rows: LLVM would not see that a block's vectors are alike.
-    let h = h.splat::<L>();
+    // Here, and not once for all arrays: LLVM would not see that a block's vectors are alike.
+    let h = h.splat::<L>(proof);
     let n = p.len();
     let (g, v) = (&g[..n], &mut v[..n]);
     let m = if CENTERED { &mut m[..n] } else { m };
@@ -35,19 +36,19 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
     };
     for block in 0..n / L::COUNT {
         let i = block * L::COUNT;
-        let mut p_i = L::load(p, i);
-        let mut g_i = h.grad_scale * L::load(g, i);
+        let mut p_i = L::load(proof, p, i);
+        let mut g_i = h.grad_scale * L::load(proof, g, i);
         if DECAY == Decay::L2 as u8 {
             g_i = g_i + h.weight_decay * p_i;
         }
         if DECAY == Decay::Decoupled as u8 {
             p_i = p_i - h.lr_weight_decay * p_i;
         }
-        let v_i = h.alpha * L::load(v, i) + (h.one_minus_alpha * g_i) * g_i;
+        let v_i = h.alpha * L::load(proof, v, i) + (h.one_minus_alpha * g_i) * g_i;
         v_i.store(v, i);
         let mut d = h.correction * v_i;
         if CENTERED {
-            let m_i = h.alpha * L::load(m, i) + h.one_minus_alpha * g_i;
+            let m_i = h.alpha * L::load(proof, m, i) + h.one_minus_alpha * g_i;
             m_i.store(m, i);
             let mean = h.correction * m_i;
             // Rounding can make a variance negative.
@@ -58,7 +59,7 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
             p_i = p_i - (h.lr * g_i) / s;
         } else {
             let u = (h.lr_in * g_i) / s;
-            let b_i = h.momentum * L::load(b, i) + u;
+            let b_i = h.momentum * L::load(proof, b, i) + u;
             b_i.store(b, i);
             if MOMENTUM == Momentum::Nesterov as u8 {
                 p_i = p_i - h.lr_out * (u + h.momentum * b_i);
@@ -70,63 +71,70 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
     }
 }
 
-/// Updates all rows in place by the rule in `h`, as many elements at a time as `L` has lanes.
+/// Updates all arrays in place by the rule `h`, as many elements at a time as `L` has lanes.
 #[inline(always)]
-pub(super) fn rows<'a, T: Real, L: Lanes<T>>(all: impl Iterator<Item = Rows<'a, T>>, h: &Hyper<T>) {
+pub(super) fn sweep_all<'a, T: Real, L: Lanes<T>>(
+    proof: L::Proof,
+    all: impl Iterator<Item = Slices<'a, T>>,
+    h: &Rule<T>,
+) {
     match h.centered {
-        false => with_momentum::<T, L, false>(all, h),
-        true => with_momentum::<T, L, true>(all, h),
+        false => with_momentum::<T, L, false>(proof, all, h),
+        true => with_momentum::<T, L, true>(proof, all, h),
     }
 }
 
-/// Turns `h.momentum_rule` into a constant.
+/// Turns `h.momentum_form` into a constant.
 #[inline(always)]
 fn with_momentum<'a, T: Real, L: Lanes<T>, const CENTERED: bool>(
-    all: impl Iterator<Item = Rows<'a, T>>,
-    h: &Hyper<T>,
+    proof: L::Proof,
+    all: impl Iterator<Item = Slices<'a, T>>,
+    h: &Rule<T>,
 ) {
     const OFF: u8 = Momentum::Off as u8;
     const HEAVY_BALL: u8 = Momentum::HeavyBall as u8;
     const NESTEROV: u8 = Momentum::Nesterov as u8;
-    match h.momentum_rule {
-        Momentum::Off => with_decay::<T, L, CENTERED, OFF>(all, h),
-        Momentum::HeavyBall => with_decay::<T, L, CENTERED, HEAVY_BALL>(all, h),
-        Momentum::Nesterov => with_decay::<T, L, CENTERED, NESTEROV>(all, h),
+    match h.momentum_form {
+        Momentum::Off => with_decay::<T, L, CENTERED, OFF>(proof, all, h),
+        Momentum::HeavyBall => with_decay::<T, L, CENTERED, HEAVY_BALL>(proof, all, h),
+        Momentum::Nesterov => with_decay::<T, L, CENTERED, NESTEROV>(proof, all, h),
     }
 }
 
-/// Turns `h.decay_rule` into a constant.
+/// Turns `h.decay_form` into a constant.
 #[inline(always)]
 fn with_decay<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8>(
-    all: impl Iterator<Item = Rows<'a, T>>,
-    h: &Hyper<T>,
+    proof: L::Proof,
+    all: impl Iterator<Item = Slices<'a, T>>,
+    h: &Rule<T>,
 ) {
     const OFF: u8 = Decay::Off as u8;
     const L2: u8 = Decay::L2 as u8;
     const DECOUPLED: u8 = Decay::Decoupled as u8;
-    match h.decay_rule {
-        Decay::Off => each::<T, L, CENTERED, MOMENTUM, OFF>(all, h),
-        Decay::L2 => each::<T, L, CENTERED, MOMENTUM, L2>(all, h),
-        Decay::Decoupled => each::<T, L, CENTERED, MOMENTUM, DECOUPLED>(all, h),
+    match h.decay_form {
+        Decay::Off => each::<T, L, CENTERED, MOMENTUM, OFF>(proof, all, h),
+        Decay::L2 => each::<T, L, CENTERED, MOMENTUM, L2>(proof, all, h),
+        Decay::Decoupled => each::<T, L, CENTERED, MOMENTUM, DECOUPLED>(proof, all, h),
     }
 }
 
-/// The rows one after the other: blocks of `L`, and what is left of them.
+/// The arrays of one parameter after the other: blocks of `L`, and what is left of them.
 #[inline(always)]
 fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
-    all: impl Iterator<Item = Rows<'a, T>>,
-    h: &Hyper<T>,
+    proof: L::Proof,
+    all: impl Iterator<Item = Slices<'a, T>>,
+    h: &Rule<T>,
 ) {
-    for rows in all {
-        let rest = if L::COUNT > 1 && rows.p.len() >= L::FROM {
-            let len = rows.p.len() / L::COUNT * L::COUNT;
-            let (Rows { p, g, v, m, b }, rest) = rows.split_at(len);
-            sweep::<T, L, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, h);
+    for slices in all {
+        let rest = if L::COUNT > 1 && slices.p.len() >= L::FROM {
+            let len = slices.p.len() / L::COUNT * L::COUNT;
+            let (Slices { p, g, v, m, b }, rest) = slices.split_at(len);
+            sweep::<T, L, CENTERED, MOMENTUM, DECAY>(proof, p, g, v, m, b, h);
             rest
         } else {
-            rows
+            slices
         };
-        let Rows { p, g, v, m, b } = rest;
-        sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>(p, g, v, m, b, h);
+        let Slices { p, g, v, m, b } = rest;
+        sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>((), p, g, v, m, b, h);
     }
 }

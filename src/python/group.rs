@@ -1,30 +1,38 @@
-//! A parameter group: its options as last read, its state, and its flat buffers.
+//! A parameter group of the array front: its options, its state, and its flat buffers.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use numpy::PyUntypedArray;
-use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PySlice, PyTuple};
+use pyo3::{PyTraverseError, PyVisit};
 
-use super::options::Snapshot;
+use super::options::GroupOptions;
+use super::overlap::Extent;
+use super::param::{Param, array_grad};
 use super::parameter::{Parameter, Slot};
-use super::tensor::work::{FlatWork, GroupWork, Guard, Param, StateSpan};
-use super::tensor::{Buffer, DType, Destination, Gradient, Source, Tensor};
+use super::source::Source;
+use super::view::{Element, Header, LentArray, Quiet, is_equal};
 use crate::config::Config;
-use crate::state::StateKey;
+use crate::kernel::DType;
+use crate::state::{PAGE, StateKey, offset_apart};
 
 /// The types in the order of [`Group::halves`].
 pub(crate) const DTYPES: [DType; 2] = [DType::F32, DType::F64];
 
+/// The place of a type in [`DTYPES`].
+pub(crate) fn half_of(dtype: DType) -> usize {
+    usize::from(dtype == DType::F64)
+}
+
 /// A parameter group.
 pub(crate) struct Group {
-    pub snapshot: Snapshot,
-    /// The tuple of parameters that the snapshot has.
+    pub options: GroupOptions,
+    /// The tuple of parameters that the options were read beside.
     pub objects: Py<PyTuple>,
-    pub config: Config,
     pub range: Range<usize>,
     /// Per type.
     pub halves: [Half; 2],
@@ -38,9 +46,11 @@ pub(crate) struct Group {
 /// The parameters of one type in a group.
 #[derive(Default)]
 pub(crate) struct Half {
+    /// Elements of the parameters, and of a buffer of state, where some begin apart from their
+    /// parameters.
     pub numel: usize,
-    /// There are parameters of this type, if only without elements.
-    has_members: bool,
+    state_numel: usize,
+    is_used: bool,
     /// The state, by key; None until it is needed.
     pub state: [Option<Buffer>; 3],
     pub flat: Option<Flat>,
@@ -55,154 +65,123 @@ pub(crate) struct Flat {
     pub strays: Arc<AtomicUsize>,
 }
 
+/// State that is to be added, by type and key.
+pub(crate) type NewState = [[Option<Buffer>; 3]; 2];
+
 impl Half {
     /// Of the state buffers; 0 for those that are not there yet.
-    fn addresses(&self) -> [usize; 3] {
+    pub fn addresses(&self) -> [usize; 3] {
         self.state
             .each_ref()
-            .map(|buffer| buffer.as_ref().map_or(0, |buffer| buffer.data))
+            .map(|buffer| buffer.as_ref().map_or(0, Buffer::address))
     }
 
-    /// The state that is wanted and not there yet, at its start values.
+    /// The state that is wanted and not there yet, at its start values. Arrays of one parameter
+    /// begin apart modulo a page: each key has a place of its own.
     fn missing(
         &self,
         py: Python<'_>,
         dtype: DType,
         config: &Config,
         is_wanted: impl Fn(StateKey) -> bool,
-    ) -> PyResult<NewState> {
-        let is_missing = |key: StateKey| self.has_members && self.state[key as usize].is_none();
-        let create = |key: StateKey| match is_missing(key) && is_wanted(key) {
-            true => Buffer::new(py, dtype, self.numel, key.start(config)).map(Some),
-            false => Ok(None),
-        };
-        let [v, m, b] = StateKey::ALL.map(create);
-        Ok([v?, m?, b?])
-    }
-
-    /// Takes state that was missing. True if there is any.
-    fn adopt(&mut self, new: NewState) -> bool {
-        let has_new = new.iter().any(Option::is_some);
-        for (buffer, new) in self.state.iter_mut().zip(new) {
-            *buffer = buffer.take().or(new);
+    ) -> PyResult<[Option<Buffer>; 3]> {
+        let mut new = [None, None, None];
+        for key in StateKey::ALL {
+            let k = key as usize;
+            if self.is_used && self.state[k].is_none() && is_wanted(key) {
+                let start = key.start(config);
+                new[k] = Some(Buffer::new(
+                    py,
+                    dtype,
+                    self.state_numel,
+                    start,
+                    place_of(k),
+                )?);
+            }
         }
-        has_new
+        Ok(new)
     }
 }
 
-/// State that is to be added to a [`Half`].
-pub(crate) type NewState = [Option<Buffer>; 3];
+/// Where buffers begin modulo a page, so that the same offset into each is apart by 512 bytes:
+/// square_avg, grad_avg, momentum_buffer, flat parameters, flat gradients.
+fn place_of(k: usize) -> usize {
+    k * 512
+}
 
 impl Group {
-    pub fn work(&self) -> GroupWork<'_> {
-        let flat = |half: &Half| match &half.flat {
-            Some(Flat {
-                data,
-                grad: Some(grad),
-                ..
-            }) => FlatWork {
-                p: data.data,
-                g: grad.data,
-                state: half.addresses(),
-                numel: half.numel,
-            },
-            _ => FlatWork::default(),
-        };
-        let [f32, f64] = &self.halves;
-        GroupWork {
-            config: &self.config,
-            range: self.range.clone(),
-            flat: self.is_flat.then(|| [flat(f32), flat(f64)]),
-        }
-    }
-
     /// A group of these parameters, of which `first` is the index of the first.
     pub fn new(
         py: Python<'_>,
-        snapshot: Snapshot,
+        options: GroupOptions,
         objects: Py<PyTuple>,
-        config: Config,
         is_contiguous: bool,
         first: usize,
         params: &mut [Param],
     ) -> PyResult<Self> {
         let mut halves = [Half::default(), Half::default()];
         for param in &mut *params {
-            let half = &mut halves[param.destination.dtype as usize];
-            param.offset = half.numel;
-            half.numel += param.destination.numel;
-            half.has_members = true;
+            let half = &mut halves[half_of(param.dtype)];
+            let size = param.dtype.size();
+            half.is_used = true;
+            let is_large = param.numel * size >= PAGE && !is_contiguous;
+            if is_large {
+                // Wherever the buffers are: they begin at known places modulo a page.
+                let state = place_of(0) + half.state_numel * size;
+                let data = param.extent().data;
+                let keys = [0, 1, 2].map(|k| data.wrapping_sub(place_of(k)));
+                half.state_numel += offset_apart(state, data, keys.into_iter()) / size;
+            }
+            param.offset = half.state_numel;
+            half.numel += param.numel;
+            half.state_numel += param.numel;
         }
-        for (half, dtype) in halves.iter_mut().zip(DTYPES) {
-            let new = half.missing(py, dtype, &config, |key| key.is_used(&config))?;
-            half.adopt(new);
-        }
-        let group = Group {
-            snapshot,
+        let mut group = Group {
+            options,
             objects,
-            config,
             range: first..first + params.len(),
             halves,
             is_contiguous,
-            has_empty: params.iter().any(|param| param.destination.numel == 0),
+            has_empty: params.iter().any(|param| param.numel == 0),
             is_flat: false,
         };
+        let config = group.options.config.clone();
+        let new = group.missing(py, &config, |key, _| key.is_used(&config))?;
+        group.adopt(new);
         group.place(params);
         Ok(group)
     }
 
-    /// The state that is wanted and not there yet, by type.
+    /// The state that is wanted and not there yet.
     pub fn missing(
         &self,
         py: Python<'_>,
         config: &Config,
         is_wanted: impl Fn(StateKey, DType) -> bool,
-    ) -> PyResult<[NewState; 2]> {
+    ) -> PyResult<NewState> {
         let [f32, f64] = &self.halves;
         let f32 = f32.missing(py, DType::F32, config, |key| is_wanted(key, DType::F32))?;
         let f64 = f64.missing(py, DType::F64, config, |key| is_wanted(key, DType::F64))?;
         Ok([f32, f64])
     }
 
-    /// Takes state that was missing, and tells its parameters where it is. What there was before, if
-    /// there is any.
-    pub fn adopt(
-        &mut self,
-        new: [NewState; 2],
-        params: &mut [Param],
-        guard: &mut Guard,
-    ) -> Option<[[bool; 3]; 2]> {
-        let had = |half: &Half| half.state.each_ref().map(Option::is_some);
-        let had = self.halves.each_ref().map(had);
+    /// Takes state that was missing; [`Group::place`] tells the parameters. True if there is any.
+    pub fn adopt(&mut self, new: NewState) -> bool {
         let mut has_new = false;
         for (half, new) in self.halves.iter_mut().zip(new) {
-            has_new |= half.adopt(new);
-        }
-        if has_new {
-            self.place(&mut params[self.range.clone()]);
-            guard.forget();
-        }
-        has_new.then_some(had)
-    }
-
-    /// Lets go of all state but that; the options are read anew at the next step.
-    pub fn disown(&mut self, kept: [[bool; 3]; 2], params: &mut [Param], guard: &mut Guard) {
-        for (half, kept) in self.halves.iter_mut().zip(kept) {
-            for (buffer, is_kept) in half.state.iter_mut().zip(kept) {
-                buffer.take_if(|_| !is_kept);
+            for (buffer, new) in half.state.iter_mut().zip(new) {
+                has_new |= new.is_some();
+                *buffer = buffer.take().or(new);
             }
         }
-        self.snapshot.forget();
-        self.place(&mut params[self.range.clone()]);
-        guard.forget();
+        has_new
     }
 
     /// Tells its parameters where their state is.
-    fn place(&self, params: &mut [Param]) {
+    pub fn place(&self, params: &mut [Param]) {
         for param in params {
-            let dtype = param.destination.dtype;
-            let start = param.offset * dtype.size();
-            let addresses = self.halves[dtype as usize].addresses();
+            let start = param.offset * param.dtype.size();
+            let addresses = self.halves[half_of(param.dtype)].addresses();
             param.state = addresses.map(|data| if data == 0 { 0 } else { data + start });
         }
     }
@@ -217,15 +196,17 @@ impl Group {
             .chain(flats)
     }
 
+    /// For the garbage collector.
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.options.traverse(visit)?;
+        visit.call(&self.objects)?;
+        self.buffers()
+            .try_for_each(|buffer| visit.call(&buffer.owner))
+    }
+
     /// Decides whether this step takes the parameters and gradients as flat buffers: if all of them
     /// still are where `contiguous_params` put them.
-    pub fn settle_mode(
-        &mut self,
-        py: Python<'_>,
-        params: &mut [Param],
-        steps: &[u64],
-        guard: &mut Guard,
-    ) -> PyResult<()> {
+    pub fn settle_mode(&mut self, steps: &[u64]) {
         let is_whole = |half: &Half| match &half.flat {
             _ if half.numel == 0 => true,
             Some(Flat {
@@ -236,67 +217,48 @@ impl Group {
             _ => false,
         };
         let steps = &steps[self.range.clone()];
-        let is_flat = self.is_contiguous
+        self.is_flat = self.is_contiguous
             && !self.has_empty
             && self.halves.iter().all(is_whole)
-            && (!self.config.bias_correction || steps.iter().all(|&step| step == steps[0]));
-        if is_flat && !self.is_flat {
-            // Back from strays, or new: `guard` must know where the parameters are.
-            for index in self.range.clone() {
-                if params[index].refresh(py, index, &mut Vec::new())? {
-                    guard.forget();
-                }
-            }
-        }
-        self.is_flat = is_flat;
-        Ok(())
+            && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]));
     }
 
-    /// That nobody has pulled the memory away: a view's `base` is within a user's reach.
-    pub fn check_buffers(&self, py: Python<'_>, index: usize) -> PyResult<()> {
-        if self.buffers().all(|buffer| buffer.is_current(py)) {
-            return Ok(());
-        }
-        let wanted = "expected the optimizer's own arrays";
-        let found = "got one that was resized or given other memory";
-        Err(PyValueError::new_err(format!(
-            "state of group {index}: {wanted}, {found}"
-        )))
+    /// Whether nobody has pulled the memory away: a view's `base` is within a user's reach.
+    #[inline]
+    pub fn has_its_memory(&self, quiet: &Quiet<'_>) -> bool {
+        self.buffers().all(|buffer| buffer.is_current(quiet))
     }
-}
 
-/// The state buffers of all groups, for the search for overlaps.
-pub(crate) fn state_spans(groups: &[Group]) -> Vec<StateSpan> {
-    let mut spans = Vec::new();
-    for (index, group) in groups.iter().enumerate() {
-        for (half, dtype) in group.halves.iter().zip(DTYPES) {
-            for (buffer, key) in half.state.iter().zip(StateKey::ALL) {
-                let name = || format!("state {} of group {index}, {}", key.name(), dtype.name());
-                spans.extend(
-                    buffer
-                        .as_ref()
-                        .map(|buffer| StateSpan::new(name(), buffer, dtype)),
-                );
-            }
-        }
+    /// The names and places of its state buffers, for the search for overlaps.
+    pub fn state_extents(&self, index: usize) -> impl Iterator<Item = (String, Extent)> {
+        let halves = self.halves.iter().zip(DTYPES);
+        halves.flat_map(move |(half, dtype)| {
+            let name = move |key: StateKey| {
+                let dtype = Element::real(dtype).name();
+                format!("state {} of group {index}, {dtype}", key.name())
+            };
+            let keyed = half.state.iter().zip(StateKey::ALL);
+            keyed.filter_map(move |(buffer, key)| Some((name(key), buffer.as_ref()?.extent(dtype))))
+        })
     }
-    spans
 }
 
 /// Moves the parameters of the groups that want it into flat buffers, and their gradients too if
 /// all of a type have one that fits. All or none.
-pub(crate) fn flatten(py: Python<'_>, groups: &mut [Group], params: &mut [Param]) -> PyResult<()> {
+pub(crate) fn flatten(
+    py: Python<'_>,
+    groups: &mut [Group],
+    params: &mut [Param],
+    retired: &mut Vec<Py<PyAny>>,
+) -> PyResult<()> {
     let mut flats = Vec::new();
     for group in groups.iter().filter(|group| group.is_contiguous) {
         let params = &params[group.range.clone()];
         let [f32, f64] = DTYPES.map(|dtype| Flat::new(py, dtype, params));
         flats.push([f32?, f64?]);
     }
-    for (group, flats) in groups
-        .iter_mut()
-        .filter(|group| group.is_contiguous)
-        .zip(flats)
-    {
+    let contiguous = groups.iter_mut().filter(|group| group.is_contiguous);
+    for (group, flats) in contiguous.zip(flats) {
         for (half, flat) in group.halves.iter_mut().zip(flats) {
             let Some((flat, homes)) = flat else { continue };
             for (parameter, home) in homes {
@@ -304,9 +266,13 @@ pub(crate) fn flatten(py: Python<'_>, groups: &mut [Group], params: &mut [Param]
             }
             half.flat = Some(flat);
         }
-        for index in group.range.clone() {
-            params[index].refresh(py, index, &mut Vec::new())?;
-        }
+        // Nothing keeps the memory that they were in.
+        let params = &mut params[group.range.clone()];
+        Quiet::during(py, |quiet| {
+            for param in params {
+                param.source.follow(quiet, retired);
+            }
+        });
     }
     Ok(())
 }
@@ -315,19 +281,15 @@ impl Flat {
     /// Buffers for the parameters of a type, filled, and the place of each parameter in them; None
     /// if there is no element.
     fn new(py: Python<'_>, dtype: DType, params: &[Param]) -> PyResult<Option<(Flat, Homes)>> {
-        let members = || {
-            params
-                .iter()
-                .filter(|param| param.destination.dtype == dtype)
-        };
-        let numel = members().map(|param| param.destination.numel).sum();
+        let members = || params.iter().filter(|param| param.dtype == dtype);
+        let numel = members().map(|param| param.numel).sum();
         if numel == 0 {
             return Ok(None);
         }
-        let data = Buffer::new(py, dtype, numel, 0.0)?;
+        let data = Buffer::new(py, dtype, numel, 0.0, place_of(3))?;
         let grads: Option<Vec<_>> = members().map(|param| array_grad(py, param)).collect();
         let grad = match &grads {
-            Some(_) => Some(Buffer::new(py, dtype, numel, 0.0)?),
+            Some(_) => Some(Buffer::new(py, dtype, numel, 0.0, place_of(4))?),
             None => None,
         };
         let strays = Arc::new(AtomicUsize::new(0));
@@ -336,10 +298,8 @@ impl Flat {
             let Source::Parameter(parameter, ..) = &param.source else {
                 continue;
             };
-            let Destination { shape, .. } = &param.destination;
-            let strides = param.destination.state_strides();
             let settle = |buffer: &Buffer, array: &Bound<'_, PyUntypedArray>| {
-                let home = buffer.view(py, param.offset, shape, strides)?;
+                let home = buffer.view(py, param)?;
                 home.set_item(py.Ellipsis(), array)?;
                 PyResult::Ok(home.unbind())
             };
@@ -358,16 +318,95 @@ impl Flat {
 /// Parameters and where they go.
 type Homes = Vec<(Py<Parameter>, Slot)>;
 
-/// The gradient of a parameter, if it is an array that fits.
-fn array_grad<'py>(py: Python<'py>, param: &Param) -> Option<Bound<'py, PyUntypedArray>> {
-    let Source::Parameter(parameter, ..) = &param.source else {
-        return None;
-    };
-    let grad = parameter
-        .get()
-        .grad(py)?
-        .cast_into::<PyUntypedArray>()
-        .ok()?;
-    Gradient::new(&Tensor::of_array(&grad).ok()?, &param.destination).ok()?;
-    Some(grad)
+/// A one-dimensional array of the optimizer's own.
+pub(crate) struct Buffer {
+    owner: Py<PyUntypedArray>,
+    /// Where its memory is, as it was made.
+    base: usize,
+    len: i64,
+    /// The elements that are used: a view.
+    array: Py<PyUntypedArray>,
+    address: usize,
+}
+
+impl Buffer {
+    /// A buffer whose elements are all `value`, and begin at `place` modulo a page.
+    pub fn new(
+        py: Python<'_>,
+        dtype: DType,
+        numel: usize,
+        value: f64,
+        place: usize,
+    ) -> PyResult<Self> {
+        let size = dtype.size();
+        let len = match numel {
+            0 => 0,
+            numel => numel + PAGE / size,
+        };
+        let numpy = py.import(intern!(py, "numpy"))?;
+        let name = Element::real(dtype).name();
+        // `zeros` leaves the memory untouched until it is first written.
+        let array = match value {
+            0.0 => numpy.call_method1(intern!(py, "zeros"), (len, name))?,
+            value => numpy.call_method1(intern!(py, "full"), (len, value, name))?,
+        };
+        let owner = array.cast_into::<PyUntypedArray>()?.unbind();
+        let base = Quiet::during(py, |quiet| Header::of(LentArray::of(quiet, &owner)).data);
+        let start = match numel {
+            0 => 0,
+            _ => place.wrapping_sub(base) % PAGE / size,
+        };
+        let used = PySlice::new(py, start as isize, (start + numel) as isize, 1);
+        let array = owner.bind(py).get_item(used)?;
+        Ok(Buffer {
+            owner,
+            base,
+            len: len as i64,
+            array: array.cast_into::<PyUntypedArray>()?.unbind(),
+            address: base + start * size,
+        })
+    }
+
+    /// Of the first element that is used.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Whether its memory still is where it was: a view's `base` is within a user's reach.
+    #[inline]
+    pub fn is_current(&self, quiet: &Quiet<'_>) -> bool {
+        let header = Header::of(LentArray::of(quiet, &self.owner));
+        header.data == self.base && is_equal(header.shape, &[self.len])
+    }
+
+    /// A NumPy view of a parameter's part, of its shape and walked like its state.
+    pub fn view<'py>(
+        &self,
+        py: Python<'py>,
+        param: &Param,
+    ) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let (shape, strides) = (&param.shape, &param.state_strides);
+        let first = param.offset as isize;
+        let slice = PySlice::new(py, first, first + param.numel as isize, 1);
+        let mut axes: Vec<usize> = (0..shape.len()).collect();
+        axes.sort_by_key(|&axis| std::cmp::Reverse((strides[axis], shape[axis])));
+        let sorted = PyTuple::new(py, axes.iter().map(|&axis| shape[axis]))?;
+        let mut order = vec![0; axes.len()];
+        let places = axes.iter().enumerate();
+        places.for_each(|(place, &axis)| order[axis] = place);
+        let array = self.array.bind(py).get_item(slice)?;
+        let view = array.call_method1(intern!(py, "reshape"), (sorted,))?;
+        let view = view.call_method1(intern!(py, "transpose"), PyTuple::new(py, order)?)?;
+        Ok(view.cast_into::<PyUntypedArray>()?)
+    }
+
+    fn extent(&self, dtype: DType) -> Extent {
+        Extent {
+            data: self.base,
+            dims: [(self.len as usize, dtype.size() as isize)]
+                .into_iter()
+                .collect(),
+            size: dtype.size(),
+        }
+    }
 }

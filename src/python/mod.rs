@@ -1,16 +1,21 @@
 //! The Python extension module `rmsprop._core`: it converts, releases the GIL, calls and maps
 //! errors. No arithmetic.
 
+mod arrays;
+mod dlpack;
 mod error;
 mod group;
-mod optimizer;
 mod options;
+mod overlap;
+mod param;
 mod parameter;
+mod row;
+mod source;
 mod step;
-#[allow(unsafe_code)] // The second of two doors: tensor import.
-mod tensor;
 mod torch;
+mod torch_library;
 mod turn;
+mod view;
 
 use std::num::NonZeroUsize;
 
@@ -19,8 +24,9 @@ use pyo3::types::PyDict;
 
 use crate::config::Config;
 use crate::dialect::DIALECTS;
-use crate::kernel::dispatch::isa;
-use crate::parallel::{default_threads, force_threads, set_thread_limit, thread_limit};
+use crate::kernel::isa::isa;
+use crate::threads::{default_threads, set_thread_limit, thread_limit};
+use options::Front;
 
 /// The options that a dialect fixes; ValueError for an unknown name.
 #[pyfunction]
@@ -38,14 +44,14 @@ fn dialect<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
 /// the first bad one.
 #[pyfunction]
 fn check_options(options: &Bound<'_, PyDict>, place: &str) -> PyResult<()> {
-    options::config_of(options, place).map(|_| ())
+    options::read_options(Front::Arrays, options, place).map(drop)
 }
 
 /// As `check_options`, for the torch front: torch's own options are checked by type only, and the
 /// others may be missing.
 #[pyfunction]
 fn check_torch_options(options: &Bound<'_, PyDict>, place: &str) -> PyResult<()> {
-    options::torch_config_of(options, place).map(|_| ())
+    options::read_options(Front::Torch, options, place).map(drop)
 }
 
 /// What runs: version, instruction set, threads, features.
@@ -76,13 +82,6 @@ fn _set_thread_limit(limit: Option<NonZeroUsize>) {
     set_thread_limit(limit);
 }
 
-/// Lets steps use all threads that they may, however small they are, or no longer: for
-/// `benches/threads.py`.
-#[pyfunction]
-fn _force_threads(is_forced: bool) {
-    force_threads(is_forced);
-}
-
 // What arrays, tensors and dicts lend is read without a lock: the GIL is what keeps others away.
 #[pymodule(gil_used = true)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -90,7 +89,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
         return Err(pyo3::exceptions::PyImportError::new_err(error.to_string()));
     }
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    module.add_class::<optimizer::Optimizer>()?;
+    module.add("OPTIONS", options::table(module.py())?)?;
+    module.add_class::<options::StepOptions>()?;
+    module.add_class::<arrays::Optimizer>()?;
     module.add_class::<parameter::Parameter>()?;
     module.add_class::<torch::Stepper>()?;
     module.add_function(wrap_pyfunction!(dialect, module)?)?;
@@ -99,6 +100,5 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(_thread_limit, module)?)?;
     module.add_function(wrap_pyfunction!(_set_thread_limit, module)?)?;
-    module.add_function(wrap_pyfunction!(_force_threads, module)?)?;
     module.add_function(wrap_pyfunction!(turn::after_fork, module)?)
 }

@@ -1,144 +1,92 @@
-//! The options of a parameter group, read from its dict at every step.
+//! The options of a parameter group, read from its dict at every step, and those of an optimizer.
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyTuple};
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
+use smallvec::SmallVec;
 
-use super::tensor::dict::{Entries, Moved};
-use crate::config::Config;
+use super::view::{Lent, Quiet, class_name};
+use crate::config::{Config, Field, Nonfinite, OPTIONS, validate_max_grad_norm};
 use crate::error::Error;
+use crate::optimizer::Clipping;
 
-/// An option and its place in a [`Config`].
-type Field<T> = (&'static str, fn(&mut Config) -> &mut T);
-
-/// The options of a group that are numbers.
-const NUMBERS: [Field<f64>; 6] = [
-    ("lr", |config| &mut config.lr),
-    ("alpha", |config| &mut config.alpha),
-    ("eps", |config| &mut config.eps),
-    ("weight_decay", |config| &mut config.weight_decay),
-    ("momentum", |config| &mut config.momentum),
-    ("initial_square_avg", |config| {
-        &mut config.initial_square_avg
-    }),
-];
-
-/// Those that are switches.
-const FLAGS: [Field<bool>; 7] = [
-    ("centered", |config| &mut config.centered),
-    ("eps_in_sqrt", |config| &mut config.eps_in_sqrt),
-    ("lr_in_momentum", |config| &mut config.lr_in_momentum),
-    ("nesterov", |config| &mut config.nesterov),
-    ("bias_correction", |config| &mut config.bias_correction),
-    ("decoupled_weight_decay", |config| {
-        &mut config.decoupled_weight_decay
-    }),
-    ("maximize", |config| &mut config.maximize),
-];
-
-/// What a group has besides.
-const CONTIGUOUS: &str = "contiguous_params";
-
-/// Options that a dialect leaves to the caller.
-const FREE: [&str; 2] = ["lr", "maximize"];
-
-/// What torch's RMSprop does not have: where it is left out, torch's formula is meant.
-const NOT_IN_TORCH: [&str; 7] = [
-    "eps_in_sqrt",
-    "initial_square_avg",
-    "lr_in_momentum",
-    "nesterov",
-    "bias_correction",
-    "decoupled_weight_decay",
-    CONTIGUOUS,
-];
+/// An option of a group that is not the rule's.
+pub(crate) const CONTIGUOUS: &str = "contiguous_params";
 
 /// Flags of torch's that hand a group over to torch.
-pub(crate) const TORCH_FLAGS: [&str; 2] = ["capturable", "differentiable"];
+const TORCH_FLAGS: [&str; 2] = ["capturable", "differentiable"];
 
 /// Options that belong to the optimizer, not to a group.
 const OPTIMIZER_OPTIONS: [&str; 3] = ["max_grad_norm", "nonfinite", "threads"];
 
-/// Reads the options of a dict and checks their ranges. `place` is " of group 0", or nothing.
-pub(crate) fn config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Config> {
-    let config = read_config(options, place, &[])?;
-    in_range(options, place, &config)?;
-    Ok(config)
+/// Whose options a dict has: ours, which are all there and in range, or torch's, of which torch
+/// checks its own, and ours may be missing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Front {
+    Arrays,
+    Torch,
 }
 
-/// As [`config_of`], but checks no range of the options that torch's RMSprop has too: there it is the
-/// constructor's.
-pub(crate) fn torch_config_of(options: &Bound<'_, PyDict>, place: &str) -> PyResult<Config> {
-    let config = read_config(options, place, &NOT_IN_TORCH)?;
-    in_range(options, place, &without_shared(&config))?;
-    Ok(config)
+/// Names, and whether torch's RMSprop has them, of all options of a group.
+pub(crate) fn table(py: Python<'_>) -> PyResult<Bound<'_, PyTuple>> {
+    let rows = OPTIONS.iter().map(|option| (option.name, option.is_torchs));
+    let rows: Vec<_> = rows.chain([(CONTIGUOUS, false)]).collect();
+    PyTuple::new(py, rows)
 }
 
-/// Whether [`torch_config_of`] would return these options.
-pub(crate) fn is_torch_config(config: &Config) -> bool {
-    without_shared(config).validate().is_ok()
-}
-
-/// The options that torch's RMSprop does not have, and what they ask of the others.
-fn without_shared(config: &Config) -> Config {
-    Config {
-        alpha: match config.bias_correction {
-            true => config.alpha,
-            false => 0.0,
-        },
-        bias_correction: config.bias_correction,
-        initial_square_avg: config.initial_square_avg,
-        ..Config::default()
-    }
-}
-
-fn in_range(options: &Bound<'_, PyDict>, place: &str, config: &Config) -> PyResult<()> {
-    match config.validate() {
-        Err(Error::Hyperparameter { key, expected, .. }) => {
-            let found = options
-                .get_item(key)?
-                .map(|value| value.repr())
-                .transpose()?;
-            let found = found.map(|found| found.to_string()).unwrap_or_default();
-            Err(PyValueError::new_err(format!(
-                "{key}{place}: expected {expected}, got {found}"
-            )))
+/// The options that a dialect fixes, as keyword arguments.
+pub(crate) fn dialect_options(py: Python<'_>, mut config: Config) -> PyResult<Bound<'_, PyDict>> {
+    let options = PyDict::new(py);
+    for option in OPTIONS.iter().filter(|option| option.is_of_dialect) {
+        match option.field {
+            Field::Number(field, _) => options.set_item(option.name, *field(&mut config))?,
+            Field::Flag(field) => options.set_item(option.name, *field(&mut config))?,
         }
-        result => Ok(result?),
     }
+    Ok(options)
 }
 
-/// Reads every option; those in `may_miss` are torch's if they are not there.
-fn read_config(options: &Bound<'_, PyDict>, place: &str, may_miss: &[&str]) -> PyResult<Config> {
-    let get = |key: &str| match options.get_item(key)? {
-        None if !may_miss.contains(&key) => Err(PyValueError::new_err(format!(
+/// Reads the options of a dict and checks their ranges. `place` is " of group 0", or nothing.
+pub(crate) fn read_options(
+    front: Front,
+    options: &Bound<'_, PyDict>,
+    place: &str,
+) -> PyResult<Config> {
+    let is_torch = front == Front::Torch;
+    let get = |key: &str, is_torchs: bool| match options.get_item(key)? {
+        None if !is_torch || is_torchs => Err(PyValueError::new_err(format!(
             "{key}{place}: expected a value, got none"
         ))),
         value => Ok(value),
     };
-    let mut config = Config::torch();
-    for (key, field) in NUMBERS {
-        if let Some(value) = get(key)? {
-            *field(&mut config) =
-                number_of(&value).map_err(|error| not_a_number(error, key, place, &value))?;
-        }
-    }
-    let is_torch = !may_miss.is_empty();
-    let flag = |key: &str, value: Bound<'_, PyAny>| match value.extract::<bool>() {
+    let flag = |key: &str, is_torchs: bool, value: Bound<'_, PyAny>| match value.extract::<bool>() {
         Ok(flag) => Ok(flag),
         Err(_) if value.is_instance_of::<PyInt>() => value.is_truthy(),
         // torch's own flags are whatever is true.
-        Err(_) if is_torch && !may_miss.contains(&key) => value.is_truthy(),
+        Err(_) if is_torch && is_torchs => value.is_truthy(),
         Err(_) => Err(wrong_type(key, place, "a bool", &value)),
     };
-    for (key, field) in FLAGS {
-        if let Some(value) = get(key)? {
-            *field(&mut config) = flag(key, value)?;
+    // Where an option of ours is left out, torch's formula is meant.
+    let mut config = Config::torch();
+    for option in OPTIONS {
+        let Some(value) = get(option.name, option.is_torchs)? else {
+            continue;
+        };
+        match option.field {
+            Field::Number(field, _) => {
+                *field(&mut config) = number_of(&value)
+                    .map_err(|error| not_a_number(error, option.name, place, &value))?;
+            }
+            Field::Flag(field) => {
+                *field(&mut config) = flag(option.name, option.is_torchs, value)?;
+            }
         }
     }
-    if let Some(value) = get(CONTIGUOUS)? {
-        flag(CONTIGUOUS, value)?;
+    if let Some(value) = get(CONTIGUOUS, false)? {
+        flag(CONTIGUOUS, false, value)?;
     }
     for key in OPTIMIZER_OPTIONS {
         if options.contains(key)? {
@@ -148,19 +96,33 @@ fn read_config(options: &Bound<'_, PyDict>, place: &str, may_miss: &[&str]) -> P
             return Err(PyValueError::new_err(found));
         }
     }
-    Ok(config)
+    match check_ranges(front, &config) {
+        Err(Error::Hyperparameter { key, expected, .. }) => {
+            let found = options.get_item(key)?;
+            let found = found.map_or(Ok(String::new()), |found| {
+                found.repr().map(|found| found.to_string())
+            })?;
+            Err(PyValueError::new_err(format!(
+                "{key}{place}: expected {expected}, got {found}"
+            )))
+        }
+        result => result.map(|()| config).map_err(PyErr::from),
+    }
 }
 
-/// The options that a dialect fixes, as keyword arguments.
-pub(crate) fn dialect_options(py: Python<'_>, mut config: Config) -> PyResult<Bound<'_, PyDict>> {
-    let options = PyDict::new(py);
-    for (key, field) in NUMBERS.into_iter().filter(|(key, _)| !FREE.contains(key)) {
-        options.set_item(key, *field(&mut config))?;
-    }
-    for (key, field) in FLAGS.into_iter().filter(|(key, _)| !FREE.contains(key)) {
-        options.set_item(key, *field(&mut config))?;
-    }
-    Ok(options)
+/// Of torch's own options the range is torch's constructor's, but for what ours ask of them.
+fn check_ranges(front: Front, config: &Config) -> Result<(), Error> {
+    let mut config = config.clone();
+    let is_checked = |name: &str, is_torchs: bool| {
+        front == Front::Arrays || !is_torchs || name == "alpha" && config.bias_correction
+    };
+    let options = OPTIONS.iter();
+    let checked: SmallVec<[_; 16]> = options
+        .filter(|option| is_checked(option.name, option.is_torchs))
+        .collect();
+    checked
+        .iter()
+        .try_for_each(|option| option.check(&mut config))
 }
 
 /// The value of a number, or of a tensor with one element.
@@ -173,12 +135,7 @@ fn number_of(value: &Bound<'_, PyAny>) -> PyResult<f64> {
 }
 
 /// The error for a value that is no number, or no f64.
-pub(crate) fn not_a_number(
-    error: PyErr,
-    key: &str,
-    place: &str,
-    value: &Bound<'_, PyAny>,
-) -> PyErr {
+fn not_a_number(error: PyErr, key: &str, place: &str, value: &Bound<'_, PyAny>) -> PyErr {
     if error.is_instance_of::<PyTypeError>(value.py()) {
         return wrong_type(key, place, "a number", value);
     }
@@ -191,10 +148,7 @@ pub(crate) fn not_a_number(
 }
 
 fn wrong_type(key: &str, place: &str, wanted: &str, value: &Bound<'_, PyAny>) -> PyErr {
-    let class = value
-        .get_type()
-        .name()
-        .map_or_else(|_| "an object".into(), |name| name.to_string());
+    let class = class_name(value);
     let value = value
         .repr()
         .map_or_else(|_| String::new(), |repr| format!(" {repr}"));
@@ -203,15 +157,18 @@ fn wrong_type(key: &str, place: &str, wanted: &str, value: &Bound<'_, PyAny>) ->
     ))
 }
 
-/// What a group's dict held when it was last read, so that an unchanged one costs a comparison of
-/// references, and one with another lr not much more.
-pub(crate) struct Snapshot {
-    entries: Entries,
-    /// Where the numbers are: the index in [`NUMBERS`] of each entry that is one.
+/// The options of a group as last read, and the entries of the dict that they were read from, so
+/// that an unchanged dict costs a comparison of references, and one with another lr not much more.
+/// (Reading all options takes as long as a step of a small net.)
+pub(crate) struct GroupOptions {
+    pub config: Config,
+    /// Keys and values, in the dict's order.
+    entries: Vec<(Py<PyAny>, Py<PyAny>)>,
+    /// The index in [`OPTIONS`] of each entry that is a number.
     numbers: Vec<Option<usize>>,
-    /// The numbers that can change in place (a tensor), read anew each time.
+    /// The places of the numbers that can change in place (a tensor), read anew each time.
     live: Vec<usize>,
-    /// Some other option can, or there was an error: everything must be read anew.
+    /// Some other option can: everything must be read anew.
     is_stale: bool,
 }
 
@@ -219,110 +176,348 @@ pub(crate) struct Snapshot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     None,
-    /// Of numbers, which were taken over.
+    /// Of numbers, which were taken over and are in range.
     Numbers,
-    /// Of something else.
+    /// Of something else, or it is still to be found out: the group must be read anew.
     Other,
 }
 
-impl Snapshot {
-    /// Reads a dict. `walks_params` says that its parameters are looked at one by one anyway, so
-    /// that they may be in a list.
-    pub fn new(group: &Bound<'_, PyDict>, walks_params: bool) -> Self {
+impl GroupOptions {
+    /// Reads a dict. `place` is " of group 0".
+    ///
+    /// # Errors
+    /// TypeError or ValueError names the first bad option.
+    pub fn read(front: Front, group: &Bound<'_, PyDict>, place: &str) -> PyResult<Self> {
         // A copy first: what is asked of the entries may run Python code.
-        let entries = Entries::of(group);
+        let entries: Vec<_> = group.iter().collect();
         let (mut numbers, mut live, mut is_stale) = (Vec::new(), Vec::new(), false);
-        for (place, (key, value)) in entries.iter(group.py()).enumerate() {
+        for (k, (key, value)) in entries.iter().enumerate() {
             let key = key.extract::<String>().unwrap_or_default();
-            let number = NUMBERS.iter().position(|(name, _)| *name == key);
+            let option = OPTIONS.iter().position(|option| option.name == key);
+            let is_number = |&k: &usize| matches!(OPTIONS[k].field, Field::Number(..));
+            let number = option.filter(is_number);
             numbers.push(number);
             let is_float = value.is_exact_instance_of::<PyFloat>();
             let is_constant = value.is_exact_instance_of::<PyInt>()
                 || value.is_exact_instance_of::<PyBool>()
                 || value.is_none();
-            match number {
-                _ if is_constant => {}
-                Some(_) if is_float => {}
-                Some(_) => live.push(place),
-                None if key == "params" => {
-                    is_stale |= !walks_params && !value.is_exact_instance_of::<PyTuple>();
-                }
-                // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
-                None => is_stale |= is_option(&key),
+            if is_constant || number.is_some() && is_float {
+                continue;
             }
+            if number.is_some() {
+                live.push(k);
+                continue;
+            }
+            // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
+            is_stale |= match key.as_str() {
+                // Torch's list is looked at item by item.
+                "params" => front == Front::Arrays && !value.is_exact_instance_of::<PyTuple>(),
+                key => option.is_some() || key == CONTIGUOUS || TORCH_FLAGS.contains(&key),
+            };
         }
-        Snapshot {
-            entries,
+        let config = read_options(front, group, place)?;
+        let unbind =
+            |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| (key.unbind(), value.unbind());
+        Ok(GroupOptions {
+            config,
+            entries: entries.into_iter().map(unbind).collect(),
             numbers,
             live,
             is_stale,
-        }
+        })
     }
 
     /// For the garbage collector.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        self.entries.traverse(visit)
-    }
-
-    /// Takes numbers that have changed over into `config`, which was read from this dict before.
-    /// Runs Python code only for a number that is no float or int.
-    #[inline]
-    pub fn follow(&mut self, group: &Bound<'_, PyDict>, config: &mut Config) -> Change {
-        if self.is_stale {
-            return Change::Other;
-        }
-        let Some(moved) = self.entries.follow(group) else {
-            return Change::Other;
-        };
-        if moved.is_empty() && self.live.is_empty() {
-            return Change::None;
-        }
-        match self.take(group.py(), &moved, config) {
-            Some(change) => change,
-            None => {
-                self.is_stale = true;
-                Change::Other
-            }
-        }
-    }
-
-    #[cold]
-    fn take(&self, py: Python<'_>, moved: &Moved, config: &mut Config) -> Option<Change> {
-        let mut change = Change::None;
-        let mut take = |place: usize, new: f64| {
-            // Another float that no option reads (`initial_lr`) changes nothing.
-            if let Some(number) = self.numbers[place] {
-                let old = NUMBERS[number].1(config);
-                if *old != new {
-                    *old = new;
-                    change = Change::Numbers;
-                }
-            }
-        };
-        moved.iter().for_each(|&(place, new)| take(place, new));
-        for &place in &self.live {
-            take(place, number_of(self.entries.value(py, place)).ok()?);
-        }
-        Some(change)
+        self.entries.iter().try_for_each(|(key, value)| {
+            visit.call(key)?;
+            visit.call(value)
+        })
     }
 
     /// Makes the next look read everything anew.
     pub fn forget(&mut self) {
         self.is_stale = true;
     }
+
+    /// Takes over the numbers that have changed since the dict was read. Runs Python code only for
+    /// one that is no float or int.
+    #[inline]
+    pub fn follow(&mut self, front: Front, group: &Bound<'_, PyDict>) -> Change {
+        if self.is_stale {
+            return Change::Other;
+        }
+        let py = group.py();
+        let (entries, dict) = (&mut self.entries, group.as_unbound());
+        let moved = Quiet::during(py, |quiet| follow_entries(quiet, entries, dict));
+        let Some(moved) = moved else {
+            return Change::Other;
+        };
+        if moved.is_empty() && self.live.is_empty() {
+            return Change::None;
+        }
+        self.take(py, front, &moved)
+    }
+
+    #[cold]
+    fn take(&mut self, py: Python<'_>, front: Front, moved: &Moved) -> Change {
+        let old = self.config.clone();
+        let mut set = |place: usize, new: f64| {
+            // Another float that no option reads (`initial_lr`) changes nothing.
+            if let Some(Field::Number(field, _)) = self.numbers[place].map(|k| OPTIONS[k].field) {
+                *field(&mut self.config) = new;
+            }
+        };
+        moved.iter().for_each(|&(place, new)| set(place, new));
+        for &place in &self.live {
+            match number_of(self.entries[place].1.bind(py)) {
+                Ok(new) => set(place, new),
+                Err(_) => self.is_stale = true,
+            }
+        }
+        // Momentum that is switched on needs state.
+        let has_switched = (old.momentum > 0.0) != (self.config.momentum > 0.0);
+        self.is_stale |= has_switched || check_ranges(front, &self.config).is_err();
+        match () {
+            _ if self.is_stale => {
+                // As it was, until it was read anew.
+                self.config = old;
+                Change::Other
+            }
+            _ if old == self.config => Change::None,
+            _ => Change::Numbers,
+        }
+    }
 }
 
-/// Whether a step reads this key of a group.
-fn is_option(key: &str) -> bool {
-    key == "params"
-        || key == CONTIGUOUS
-        || TORCH_FLAGS.contains(&key)
-        || NUMBERS.iter().any(|(name, _)| *name == key)
-        || FLAGS.iter().any(|(name, _)| *name == key)
+/// Entries whose value is another float now: the place, the number.
+type Moved = SmallVec<[(usize, f64); 2]>;
+
+/// Compares a dict with what it held by the identity of keys and values, and takes note of other
+/// floats. None if anything else is different.
+#[inline]
+fn follow_entries(
+    quiet: &Quiet<'_>,
+    entries: &mut [(Py<PyAny>, Py<PyAny>)],
+    dict: &Py<PyDict>,
+) -> Option<Moved> {
+    let mut moved = Moved::new();
+    let mut count = 0;
+    for (key, value) in Lent::of(quiet, dict).entries(quiet)? {
+        let (known_key, known_value) = entries.get_mut(count)?;
+        if known_key.as_ptr() != key.as_ptr() {
+            return None;
+        }
+        if known_value.as_ptr() != value.as_ptr() {
+            let number = value.float(quiet)?;
+            Lent::of(quiet, known_value).float(quiet)?;
+            *known_value = value.hold(quiet);
+            moved.push((count, number));
+        }
+        count += 1;
+    }
+    (count == entries.len()).then_some(moved)
 }
 
 /// Whether the group wants its parameters in flat buffers.
 pub(crate) fn is_contiguous(dict: &Bound<'_, PyDict>) -> PyResult<bool> {
     dict.get_item(CONTIGUOUS)?
         .map_or(Ok(false), |value| value.is_truthy())
+}
+
+/// Whether a flag hands the group over to torch.
+pub(crate) fn is_left_to_torch(dict: &Bound<'_, PyDict>) -> PyResult<bool> {
+    for key in TORCH_FLAGS {
+        if let Some(flag) = dict.get_item(key)?
+            && flag.is_truthy().unwrap_or(true)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The options of an optimizer, and what its steps report: the base of both fronts' classes.
+#[pyclass(subclass, frozen, module = "rmsprop._core")]
+pub(crate) struct StepOptions(Mutex<Values>);
+
+/// What they are at a time.
+#[derive(Clone, Copy)]
+pub(crate) struct Values {
+    pub clipping: Clipping,
+    /// As given.
+    threads: Option<usize>,
+    /// What stands for None; None for as many as torch uses.
+    default_threads: Option<usize>,
+    last_grad_norm: Option<f64>,
+    skipped_steps: u64,
+}
+
+impl StepOptions {
+    pub fn new(default_threads: Option<usize>) -> Self {
+        StepOptions(Mutex::new(Values {
+            clipping: Clipping::default(),
+            threads: None,
+            default_threads,
+            last_grad_norm: None,
+            skipped_steps: 0,
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Values> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The options as they are now.
+    pub fn values(&self) -> Values {
+        *self.lock()
+    }
+
+    /// Takes note of a step that was done or left out.
+    pub fn report(&self, norm: Option<f64>, is_skipped: bool) {
+        let mut values = self.lock();
+        values.last_grad_norm = norm;
+        values.skipped_steps = values.skipped_steps.saturating_add(is_skipped.into());
+    }
+}
+
+impl Values {
+    /// The most threads that a step may use; None for as many as torch does. More than there are
+    /// processors gain nothing, whatever was asked for.
+    pub fn threads(&self) -> Option<usize> {
+        static PROCESSORS: OnceLock<usize> = OnceLock::new();
+        let processors =
+            || std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        let threads = self.threads.or(self.default_threads)?;
+        Some(threads.min(*PROCESSORS.get_or_init(processors)))
+    }
+}
+
+#[pymethods]
+impl StepOptions {
+    /// The greatest norm that all gradients together may have; None for no limit. Read at every
+    /// step.
+    #[getter(max_grad_norm)]
+    fn get_max_grad_norm(&self) -> Option<f64> {
+        self.lock().clipping.max_grad_norm
+    }
+
+    #[setter(max_grad_norm)]
+    fn set_max_grad_norm(&self, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let mut max_grad_norm = None;
+        if !value.is_none() {
+            let wrong = |error| not_a_number(error, "max_grad_norm", "", value);
+            let number: f64 = value.extract().map_err(wrong)?;
+            if validate_max_grad_norm(number).is_err() {
+                let found = value.repr()?;
+                let message = format!("max_grad_norm: expected a number > 0, got {found}");
+                return Err(PyValueError::new_err(message));
+            }
+            max_grad_norm = Some(number);
+        }
+        self.lock().clipping.max_grad_norm = max_grad_norm;
+        Ok(())
+    }
+
+    /// What a step does with an infinite or NaN gradient: "propagate", "skip" or "raise".
+    #[getter(nonfinite)]
+    fn get_nonfinite(&self) -> &'static str {
+        match self.lock().clipping.nonfinite {
+            Nonfinite::Propagate => "propagate",
+            Nonfinite::Skip => "skip",
+            Nonfinite::Raise => "raise",
+        }
+    }
+
+    #[setter(nonfinite)]
+    fn set_nonfinite(&self, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let nonfinite = match value.extract::<&str>() {
+            Ok("propagate") => Nonfinite::Propagate,
+            Ok("skip") => Nonfinite::Skip,
+            Ok("raise") => Nonfinite::Raise,
+            _ => {
+                let found = value.repr()?;
+                return Err(PyValueError::new_err(format!(
+                    "nonfinite: expected 'propagate', 'skip' or 'raise', got {found}"
+                )));
+            }
+        };
+        self.lock().clipping.nonfinite = nonfinite;
+        Ok(())
+    }
+
+    /// The greatest number of threads of a step; None for as many as there are.
+    #[getter(threads)]
+    fn get_threads(&self) -> Option<usize> {
+        self.lock().threads
+    }
+
+    #[setter(threads)]
+    fn set_threads(&self, value: &Bound<'_, PyAny>) -> PyResult<()> {
+        let threads = match value.is_none() {
+            true => None,
+            false => Some(threads_of(value)?),
+        };
+        self.lock().threads = threads;
+        Ok(())
+    }
+
+    /// The L2 norm over all gradients at the last step, before clipping, also if it was skipped;
+    /// None without max_grad_norm.
+    #[getter]
+    fn last_grad_norm(&self) -> Option<f64> {
+        self.lock().last_grad_norm
+    }
+
+    /// How many steps were left out because of `nonfinite="skip"`.
+    #[getter(skipped_steps)]
+    fn get_skipped_steps(&self) -> u64 {
+        self.lock().skipped_steps
+    }
+
+    #[setter(skipped_steps)]
+    fn set_skipped_steps(&self, value: u64) {
+        self.lock().skipped_steps = value;
+    }
+}
+
+fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let refuse =
+        |wanted: &str| PyResult::Ok(format!("threads: expected {wanted}, got {}", value.repr()?));
+    if !value.is_instance_of::<PyInt>() && !value.hasattr("__index__")? {
+        return Err(PyTypeError::new_err(refuse("an integer or None")?));
+    }
+    match value.extract::<i64>().map(usize::try_from) {
+        Ok(Ok(threads)) if threads >= 1 => Ok(threads),
+        Ok(_) => Err(PyValueError::new_err(refuse("a number >= 1")?)),
+        Err(_) => Err(PyValueError::new_err(
+            "threads: expected a number >= 1, got an integer too large for one",
+        )),
+    }
+}
+
+/// Names a parameter, or what belongs to it, by its index over all groups: "parameter 3
+/// ('fc.weight')".
+pub(crate) fn culprit(what: &str, index: usize, name: Option<&str>) -> String {
+    match name {
+        Some(name) => format!("{what} {index} ('{name}')"),
+        None => format!("{what} {index}"),
+    }
+}
+
+/// The same by the dicts of the groups.
+pub(crate) fn culprit_in(dicts: &Bound<'_, PyList>, what: &str, index: usize) -> PyResult<String> {
+    let py = dicts.py();
+    let mut place = index;
+    for dict in dicts.iter() {
+        let count = dict.get_item(intern!(py, "params"))?.len()?;
+        if place < count {
+            let names = dict.get_item(intern!(py, "param_names"));
+            let name = names.and_then(|names| names.get_item(place)).ok();
+            let name = name.map(|name| name.to_string());
+            return Ok(culprit(what, index, name.as_deref()));
+        }
+        place -= count;
+    }
+    Ok(culprit(what, index, None))
 }

@@ -6,11 +6,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numpy::PyUntypedArray;
 use pyo3::exceptions::PyTypeError;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::tensor::{Tensor, check_mask};
+use super::param::WANTED;
+use super::source::{as_array, refuse_mask};
+use super::view::{LentArray, Quiet, Refusal, View};
 
 /// The Rust part of `rmsprop.Parameter`, which documents it.
 #[pyclass(subclass, frozen, weakref, module = "rmsprop._core")]
@@ -127,21 +128,24 @@ impl Parameter {
 }
 
 /// The array that `data` stands for.
-fn as_float_array<'py>(data: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let py = data.py();
-    let array = match data.cast::<PyUntypedArray>() {
-        Ok(array) => array.clone(),
-        Err(_) => {
-            let array = py
-                .import(intern!(py, "numpy"))?
-                .call_method1(intern!(py, "asarray"), (data,))?;
-            array.cast_into::<PyUntypedArray>()?
-        }
+fn as_float_array(data: &Bound<'_, PyAny>) -> PyResult<Py<PyUntypedArray>> {
+    let read = || {
+        let array = match data.cast::<PyUntypedArray>() {
+            Ok(array) => array.clone(),
+            Err(_) => as_array(data)?,
+        };
+        refuse_mask(array.as_any())?;
+        let array = array.unbind();
+        Quiet::during(data.py(), |quiet| {
+            let view = View::of_array(quiet, LentArray::of(quiet, &array))?;
+            match view.element.is_compute_type() {
+                true => Ok(()),
+                false => Err(Refusal::DType(Box::new(view.found()))),
+            }
+        })?;
+        Ok(array)
     };
-    check_mask(&array)
-        .and_then(|()| Tensor::of_array(&array))
-        .map_err(|refusal| refusal.at("data of a Parameter"))?;
-    Ok(array)
+    read().map_err(|refusal: Refusal| refusal.raise("data of a Parameter", WANTED, data))
 }
 
 fn name_of(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {
@@ -161,7 +165,7 @@ impl Parameter {
     #[new]
     #[pyo3(signature = (data, name = None))]
     fn new(data: &Bound<'_, PyAny>, name: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let data = as_float_array(data)?.unbind();
+        let data = as_float_array(data)?;
         let name = name_of(name)?;
         Ok(Parameter {
             fields: Mutex::new(Fields {
@@ -205,7 +209,7 @@ impl Parameter {
 
     #[setter(data)]
     fn set_data(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        let data = as_float_array(data)?.unbind();
+        let data = as_float_array(data)?;
         let mut fields = self.fields();
         let old = std::mem::replace(&mut fields.data, data);
         self.version.fetch_add(1, Relaxed);

@@ -1,71 +1,135 @@
-//! The Rust part of `rmsprop.torch.RMSprop`.
+//! The torch front: the Rust part of `rmsprop.torch.RMSprop`.
+//!
+//! A step has the same four parts as that of arrays ([`arrays`](super::arrays)). It *collects* the
+//! parameters and their gradients, and holds them. It *checks* them and the state in `opt.state`,
+//! where nothing runs Python code. It *runs*, on torch's own threads. And it *concludes*: tells
+//! autograd what was written.
+//!
+//! Nothing of torch's is held or addressed between steps. A tensor that is not ordinary is given back
+//! before anything is written; Python says what is to be done with it (`rmsprop.fallback`), and the
+//! step is tried again.
 
-use pyo3::exceptions::{PyFloatingPointError, PyRuntimeError};
-use pyo3::intern;
+use std::cell::Cell;
+use std::collections::HashMap;
+
+use pyo3::exceptions::PyFloatingPointError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyTuple};
-use pyo3::{PyTraverseError, PyVisit};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::error::check_room;
-use super::optimizer::{max_grad_norm_of, nonfinite_name, nonfinite_of, threads_of};
-use super::options::{Change, Snapshot, TORCH_FLAGS, is_torch_config, torch_config_of};
-use super::tensor::torch::{GroupPairs, Manner, Pair, Pins, Rows, Source, Torch, Unfit, takes};
-use super::tensor::work::{ELSEWHERE, Gathered, culprit};
+use super::options::{
+    Change, Front, GroupOptions, StepOptions, Values, culprit_in, is_left_to_torch,
+};
+use super::row;
+use super::source::has_changed;
+use super::step::{self, Crew};
+use super::torch_library::Torch;
 use super::turn::Turns;
+use super::view::{Entries, Lent, Quiet, Refusal, View};
 use crate::config::Config;
-use crate::kernel::dispatch::isa;
-use crate::optimizer::{Clipping, Outcome, Verdict};
-use crate::parallel::{threads_from_environment, usable};
+use crate::kernel::batch::{Batch, Work};
+use crate::kernel::isa::isa;
+use crate::kernel::{DType, Role};
+use crate::optimizer::{ELSEWHERE, Gathered, Outcome, RuleCache, Verdict, code_of};
+use crate::state::StateKey;
+use crate::threads::{Threads, threads_from_environment};
 
-/// Steps torch tensors; `rmsprop.torch.RMSprop` has one. From step to step it keeps what the dicts of
-/// the groups hold, lists of parameters included, and small tensors, to compare; no address to read.
-#[pyclass(frozen, module = "rmsprop._core")]
+/// Steps torch tensors; `rmsprop.torch.RMSprop` has one.
+#[pyclass(extends = StepOptions, frozen, module = "rmsprop._core")]
 pub(crate) struct Stepper(Turns<Contents>);
 
+/// What one thread at a time works on.
 struct Contents {
-    clipping: Clipping,
-    threads: Option<usize>,
-    /// That many, or as many as this process may use; and those of `RMSPROP_NUM_THREADS`.
-    allowed_threads: Option<usize>,
-    default_threads: Option<usize>,
-    last_grad_norm: Option<f64>,
-    skipped_steps: u64,
+    /// What the dicts of the groups hold, lists of parameters included, to compare.
     groups: Vec<Group>,
+    /// Kept from step to step so that a step allocates nothing; empty between steps.
+    pairs: Vec<Pair>,
+    tensors: Tensors,
+    batch: Batch,
     /// Parameters that there was room for.
     room: usize,
-    /// Kept from step to step so that a step allocates nothing.
-    pairs: Vec<Pair>,
-    rows: Rows,
 }
 
 /// A parameter group as last read.
 struct Group {
-    snapshot: Snapshot,
+    options: GroupOptions,
     params: Py<PyList>,
-    config: Config,
-    /// Its pairs.
+    /// Torch's own flags leave it to torch.
+    is_left: bool,
+    /// Its pairs end here.
     end: usize,
 }
 
-/// A group's dict and the tuples (index, p, g, v, m, b, step) of its parameters.
-type Listed<'py> = (Bound<'py, PyDict>, Bound<'py, PyList>);
+/// A parameter that has a gradient.
+struct Pair {
+    /// The parameter's index over all groups.
+    index: usize,
+    p: Py<PyAny>,
+    g: Py<PyAny>,
+    state: State,
+    /// No sign or conjugation is pending.
+    is_sure: bool,
+}
+
+/// Where the state of a parameter is found.
+enum State {
+    /// In `opt.state`, probably the next entry.
+    Next,
+    /// In this dict.
+    Entry(Py<PyAny>),
+    /// In a tuple (p, g, v, m, b, step), where None stands for nothing.
+    Tuple(Py<PyTuple>),
+}
+
+/// What a step notes of its tensors besides the work.
+#[derive(Default)]
+struct Tensors {
+    counts: Vec<Count>,
+    /// State that is written, and the tensors of the counts, of which autograd is not told.
+    written: Vec<Py<PyAny>>,
+    held: Vec<Py<PyAny>>,
+}
+
+/// What is to be stepped.
+struct Wanted<'x, 'py> {
+    groups: &'x Bound<'py, PyList>,
+    state: &'x Bound<'py, PyDict>,
+    /// Only one parameter: the place of its group, and its place there.
+    only: Option<(usize, usize)>,
+    /// Tuples (p, g, v, m, b, step) to be used for parameters by index, or None for those that are
+    /// none of ours.
+    rows: Option<&'x Bound<'py, PyDict>>,
+    /// Only those.
+    is_rows_alone: bool,
+}
+
+/// Why nothing was done.
+enum Unfit {
+    /// Some parameters, by index, are not ordinary.
+    Odd(Vec<usize>),
+    Python(PyErr),
+}
+
+impl From<PyErr> for Unfit {
+    fn from(error: PyErr) -> Self {
+        Unfit::Python(error)
+    }
+}
 
 #[pymethods]
 impl Stepper {
     #[new]
-    fn new() -> PyResult<Self> {
-        Ok(Stepper(Turns::new(Contents {
-            clipping: Clipping::default(),
-            threads: None,
-            default_threads: threads_from_environment()?.map(usable),
-            allowed_threads: None,
-            last_grad_norm: None,
-            skipped_steps: 0,
+    fn new() -> PyResult<PyClassInitializer<Self>> {
+        let stepper = Stepper(Turns::new(Contents {
             groups: Vec::new(),
-            room: 0,
             pairs: Vec::new(),
-            rows: Rows::new(isa()?),
-        })))
+            tensors: Tensors::default(),
+            batch: Batch::new(code_of(isa()?)?),
+            room: 0,
+        }));
+        let options = StepOptions::new(threads_from_environment()?);
+        Ok(PyClassInitializer::from(options).add_subclass(stepper))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -74,111 +138,112 @@ impl Stepper {
             return Ok(());
         };
         contents.groups.iter().try_for_each(|group| {
-            group.snapshot.traverse(&visit)?;
+            group.options.traverse(&visit)?;
             visit.call(&group.params)
         })
     }
 
     fn __clear__(&self) {
-        let groups = self
-            .0
-            .try_take()
-            .map(|mut contents| std::mem::take(&mut contents.groups));
+        let contents = self.0.try_take();
+        let groups = contents.map(|mut contents| std::mem::take(&mut contents.groups));
         // Dropping may run Python code, which may come back here.
         drop(groups);
     }
 
-    /// The most elements of a tensor that is kept in mind from step to step.
-    #[classattr]
-    const SMALL: usize = Pins::SMALL;
-
-    /// Steps every parameter of the groups that has a gradient; False, with nothing written, if
-    /// something is not ordinary: no plain tensor of f32 or f64 in host memory, or without state.
-    fn step(
-        &self,
-        py: Python<'_>,
-        groups: &Bound<'_, PyAny>,
-        state: &Bound<'_, PyAny>,
-    ) -> PyResult<bool> {
-        let (Ok(groups), Ok(state)) = (groups.cast::<PyList>(), state.cast::<PyDict>()) else {
-            return Ok(false);
-        };
-        let torch = Torch::get(py)?;
-        let mut turn = self.0.wait(py)?;
-        let outcome = turn.step(torch, groups, state, None);
-        turn.release(py);
-        outcome
-    }
-
-    /// Steps one parameter if it has a gradient: that at `index` of the group at `place`. False as in
-    /// `step`.
-    fn step_one(
-        &self,
-        py: Python<'_>,
-        groups: &Bound<'_, PyAny>,
-        state: &Bound<'_, PyAny>,
-        place: usize,
-        index: usize,
-    ) -> PyResult<bool> {
-        let (Ok(groups), Ok(state)) = (groups.cast::<PyList>(), state.cast::<PyDict>()) else {
-            return Ok(false);
-        };
-        let torch = Torch::get(py)?;
-        let mut turn = self.0.wait(py)?;
-        let outcome = turn.step(torch, groups, state, Some((place, index)));
-        turn.release(py);
-        outcome
-    }
-
-    /// Steps what is listed: for each group its dict and tuples (index, p, g, v, m, b, step) that
-    /// `takes` took, with None for state that is not used. `gathered` is what all processes together
-    /// found in the gradients: the sum of their squares, and whether one is not finite. False if the
-    /// step was left out.
-    #[pyo3(signature = (groups, gathered = None))]
-    fn step_rows(
-        &self,
-        py: Python<'_>,
-        groups: Vec<Listed<'_>>,
+    /// Steps every parameter of the groups that has a gradient, or `only` that at (group, place).
+    ///
+    /// In place of what `state` has, `rows` gives tuples (p, g, square_avg, grad_avg,
+    /// momentum_buffer, step) by the parameter's index, with None for state that is not used; and
+    /// None for a parameter that is left alone. `gathered` is what all processes together found in
+    /// the gradients: the sum of their squares, and whether one is not finite.
+    ///
+    /// Returns whether there was a step (False if it was left out for `nonfinite`); or, with nothing
+    /// written, a list of the indices of parameters that are not ordinary and not in `rows`: no plain
+    /// tensors of float32, float64 or complex ones in host memory, without state, with a pending
+    /// sign.
+    #[pyo3(signature = (groups, state, only = None, rows = None, gathered = None))]
+    fn step<'py>(
+        slf: &Bound<'py, Self>,
+        groups: &Bound<'py, PyList>,
+        state: &Bound<'py, PyDict>,
+        only: Option<(usize, usize)>,
+        rows: Option<&Bound<'py, PyDict>>,
         gathered: Option<(f64, bool)>,
-    ) -> PyResult<bool> {
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let torch = Torch::get(py)?;
+        let (this, options) = (slf.get(), slf.as_super().get());
+        let wanted = Wanted {
+            groups,
+            state,
+            only,
+            rows,
+            is_rows_alone: false,
+        };
         let gathered = gathered.map(|(squares, has_nonfinite)| Gathered {
             squares,
             has_nonfinite,
         });
-        let torch = Torch::get(py)?;
-        let mut turn = self.0.wait(py)?;
-        let outcome = turn.step_rows(torch, py, &groups, gathered);
-        turn.release(py);
-        outcome
+        let mut contents = this.0.wait(py)?;
+        let outcome = contents.step(torch, &wanted, &options.values(), gathered);
+        contents.release(py);
+        drop(contents);
+        let verdict = match outcome {
+            Ok(verdict) => verdict,
+            Err(Unfit::Odd(indices)) => return Ok(PyList::new(py, indices)?.into_any()),
+            Err(Unfit::Python(error)) => return Err(error),
+        };
+        let is_skipped = matches!(verdict.outcome, Outcome::Skip);
+        options.report(verdict.norm, is_skipped);
+        Ok((!is_skipped).into_pyobject(py)?.to_owned().into_any())
     }
 
-    /// The sum of the squares of the listed gradients and whether one of them is not finite.
-    fn measure(&self, py: Python<'_>, groups: Vec<Listed<'_>>) -> PyResult<(f64, bool)> {
-        let torch = Torch::get(py)?;
-        let mut turn = self.0.wait(py)?;
-        let outcome = turn.measure(torch, &groups);
-        turn.release(py);
-        outcome
-    }
-
-    /// Which of the tuples (index, p, g, v, m, b, step) of a group the core can step.
-    fn takes(
+    /// The sum of the squares of the gradients of `rows`, and whether one of them is not finite.
+    fn measure(
         &self,
-        group: &Bound<'_, PyDict>,
-        rows: Vec<Bound<'_, PyTuple>>,
-    ) -> PyResult<Vec<bool>> {
-        let config = torch_config_of(group, "")?;
-        let torch = Torch::get(group.py())?;
-        let takes = rows.iter().map(|row| takes(torch, &config, row));
-        takes.collect()
+        groups: &Bound<'_, PyList>,
+        rows: &Bound<'_, PyDict>,
+    ) -> PyResult<(f64, bool)> {
+        let py = groups.py();
+        let torch = Torch::get(py)?;
+        let wanted = Wanted {
+            groups,
+            state: rows,
+            only: None,
+            rows: Some(rows),
+            is_rows_alone: true,
+        };
+        let mut contents = self.0.wait(py)?;
+        let outcome = contents.measure(torch, &wanted);
+        contents.release(py);
+        match outcome {
+            Ok(found) => Ok(found),
+            Err(Unfit::Odd(_)) => Err(has_changed("tensors")),
+            Err(Unfit::Python(error)) => Err(error),
+        }
     }
 
-    /// A tensor with the elements of `values`, for state of a small tensor: autograd is told of all such
-    /// state together, which for each tensor takes as long as its update.
-    fn tell_together<'py>(&self, values: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        let py = values.py();
+    /// Whether the core can step a tuple (p, g, square_avg, grad_avg, momentum_buffer, step) of a
+    /// group.
+    fn takes(&self, group: &Bound<'_, PyDict>, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
+        let py = group.py();
+        let config = GroupOptions::read(Front::Torch, group, "")?.config;
         let torch = Torch::get(py)?;
-        self.0.wait(py)?.rows.tell_together(torch, values)
+        for tensor in row.iter().filter(|tensor| !tensor.is_none()) {
+            if !torch.is_plain(&tensor) || torch.is_pending(&tensor)? {
+                return Ok(false);
+            }
+        }
+        let row = row.as_unbound();
+        Ok(Quiet::during(py, |quiet| {
+            let entry = Entry::of_tuple(quiet, Lent::of(quiet, row));
+            let item = |k| Lent::of(quiet, row).item(quiet, k);
+            let (Some(p), Some(g)) = (item(0), item(1)) else {
+                return false;
+            };
+            let read = |role| entry.read(quiet, torch, &config, [p, g], role);
+            entry.count(quiet, torch).is_some() && row::check(read).is_ok()
+        }))
     }
 
     /// A parameter's name in a message: "parameter 3 ('fc.weight')".
@@ -186,151 +251,132 @@ impl Stepper {
     fn name_in(groups: &Bound<'_, PyList>, index: usize) -> PyResult<String> {
         culprit_in(groups, "parameter", index)
     }
-
-    /// Counts a step that was left out.
-    fn skip(&self, py: Python<'_>) -> PyResult<()> {
-        let mut turn = self.0.wait(py)?;
-        turn.skipped_steps = turn.skipped_steps.saturating_add(1);
-        Ok(())
-    }
-
-    #[getter(max_grad_norm)]
-    fn get_max_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
-        Ok(self.0.wait(py)?.clipping.max_grad_norm)
-    }
-
-    #[setter(max_grad_norm)]
-    fn set_max_grad_norm(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let max_grad_norm = max_grad_norm_of(value)?;
-        self.0.wait(py)?.clipping.max_grad_norm = max_grad_norm;
-        Ok(())
-    }
-
-    #[getter(nonfinite)]
-    fn get_nonfinite(&self, py: Python<'_>) -> PyResult<&'static str> {
-        Ok(nonfinite_name(self.0.wait(py)?.clipping.nonfinite))
-    }
-
-    #[setter(nonfinite)]
-    fn set_nonfinite(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let nonfinite = nonfinite_of(value)?;
-        self.0.wait(py)?.clipping.nonfinite = nonfinite;
-        Ok(())
-    }
-
-    #[getter(threads)]
-    fn get_threads(&self, py: Python<'_>) -> PyResult<Option<usize>> {
-        Ok(self.0.wait(py)?.threads)
-    }
-
-    #[setter(threads)]
-    fn set_threads(&self, py: Python<'_>, value: &Bound<'_, PyAny>) -> PyResult<()> {
-        let threads = match value.is_none() {
-            true => None,
-            false => Some(threads_of(value)?),
-        };
-        let mut contents = self.0.wait(py)?;
-        (contents.threads, contents.allowed_threads) = (threads, threads.map(usable));
-        Ok(())
-    }
-
-    #[getter]
-    fn last_grad_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
-        Ok(self.0.wait(py)?.last_grad_norm)
-    }
-
-    #[getter(skipped_steps)]
-    fn get_skipped_steps(&self, py: Python<'_>) -> PyResult<u64> {
-        Ok(self.0.wait(py)?.skipped_steps)
-    }
-
-    #[setter(skipped_steps)]
-    fn set_skipped_steps(&self, py: Python<'_>, value: u64) -> PyResult<()> {
-        self.0.wait(py)?.skipped_steps = value;
-        Ok(())
-    }
 }
 
 impl Contents {
-    fn manner(&self, gathered: Option<Gathered>) -> Manner {
-        Manner {
-            clipping: self.clipping,
-            threads: self.allowed_threads.or(self.default_threads),
-            gathered,
-        }
-    }
-
-    /// Steps all parameters, or only one: the group's place, and its index there.
     fn step(
         &mut self,
         torch: &Torch,
-        dicts: &Bound<'_, PyList>,
-        state: &Bound<'_, PyDict>,
-        only: Option<(usize, usize)>,
-    ) -> PyResult<bool> {
-        let manner = self.manner(None);
-        self.pairs.clear();
-        let is_ordinary = match only {
-            None => self.collect(torch, dicts)?,
-            Some(one) => self.collect_one(torch, dicts, one)?,
-        };
-        if !is_ordinary {
-            return Ok(false);
-        }
-        let Contents {
-            groups,
-            pairs,
-            rows,
-            ..
-        } = self;
-        let groups = match only {
-            None => &groups[..],
-            Some((place, _)) => &groups[place..=place],
-        };
-        let source = Source::State(state);
-        let groups = groups_of(groups, pairs);
-        match rows.step(dicts.py(), torch, groups, &source, &manner) {
-            Ok(verdict) => self.conclude(torch, dicts, &verdict).map(|()| true),
-            Err(Unfit::Refused) => Ok(false),
-            Err(Unfit::Python(error)) => Err(error),
-        }
-    }
-
-    fn step_rows(
-        &mut self,
-        torch: &Torch,
-        py: Python<'_>,
-        listed: &[Listed<'_>],
+        wanted: &Wanted<'_, '_>,
+        options: &Values,
         gathered: Option<Gathered>,
-    ) -> PyResult<bool> {
-        let tuples = self.take(listed)?;
-        let manner = self.manner(gathered);
-        let Contents {
-            groups,
-            pairs,
-            rows,
-            ..
-        } = self;
-        let source = Source::Tuples(&tuples);
-        let groups = groups_of(groups, pairs);
-        let verdict = rows.step(py, torch, groups, &source, &manner);
-        let verdict = verdict.map_err(not_taken)?;
-        let dicts = PyList::new(py, listed.iter().map(|(dict, _)| dict))?;
-        self.conclude(torch, &dicts, &verdict)?;
-        Ok(matches!(verdict.outcome, Outcome::Update { .. }))
+    ) -> Result<Verdict, Unfit> {
+        let py = wanted.groups.py();
+        self.collect(torch, wanted)?;
+        let crew = Crew {
+            allowed: options.threads().or_else(|| torch.thread_count(py)),
+            lender: torch.threads(),
+            // As in torch, tensors may share elements.
+            is_apart: false,
+        };
+        loop {
+            let Contents {
+                groups,
+                pairs,
+                tensors,
+                batch,
+                ..
+            } = self;
+            let state = wanted.state.as_unbound();
+            let mut doubts = Doubts::default();
+            let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
+                let state = Lent::of(quiet, state);
+                let mut check = Check {
+                    torch,
+                    groups,
+                    pairs,
+                    tensors,
+                    doubts: &mut doubts,
+                };
+                let work = check.all(quiet, batch.open(), state)?;
+                let counts = std::mem::take(&mut tensors.counts);
+                Ok((work, move || counts.iter().for_each(Count::increment)))
+            });
+            match verdict {
+                Ok(verdict) => {
+                    self.conclude(torch, wanted.groups, &verdict)?;
+                    return Ok(verdict);
+                }
+                Err(Stopped) => self.settle(torch, py, doubts)?,
+            }
+        }
     }
 
-    fn measure(&mut self, torch: &Torch, listed: &[Listed<'_>]) -> PyResult<(f64, bool)> {
-        let tuples = self.take(listed)?;
+    fn measure(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(f64, bool), Unfit> {
+        let py = wanted.groups.py();
+        self.collect(torch, wanted)?;
         let Contents {
             groups,
             pairs,
-            rows,
+            tensors,
+            batch,
             ..
         } = self;
-        let source = Source::Tuples(&tuples);
-        rows.measure(torch, groups_of(groups, pairs), &source)
-            .map_err(not_taken)
+        pairs.iter_mut().for_each(|pair| pair.is_sure = true);
+        let state = wanted.state.as_unbound();
+        let mut doubts = Doubts::default();
+        let found = Quiet::during(py, |quiet| {
+            let state = Lent::of(quiet, state);
+            let mut check = Check {
+                torch,
+                groups,
+                pairs,
+                tensors,
+                doubts: &mut doubts,
+            };
+            let mut work = check.all(quiet, batch.open(), state)?;
+            let squares = work.sum_squares(&Threads::CALLER);
+            let has_nonfinite = !squares.is_finite() && work.find_nonfinite().is_some();
+            Ok((squares, has_nonfinite))
+        });
+        found.map_err(|Stopped| Unfit::Odd(doubts.odd))
+    }
+
+    /// Reads the options as they are now, and takes the parameters and their gradients. May run
+    /// Python code.
+    fn collect(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(), Unfit> {
+        let dicts = wanted.groups;
+        let mut odd = Vec::new();
+        self.groups.truncate(dicts.len());
+        let mut index = 0;
+        for (k, dict) in dicts.iter().enumerate() {
+            let dict = dict.cast_into::<PyDict>().map_err(PyErr::from)?;
+            self.read_group(k, &dict)?;
+            let Group {
+                params, is_left, ..
+            } = &self.groups[k];
+            let (params, is_left) = (params.bind(dict.py()).clone(), *is_left);
+            let places = match wanted.only {
+                None => 0..params.len(),
+                Some((place, at)) if place == k => at..at + 1,
+                Some(_) => 0..0,
+            };
+            self.check_room(index + params.len())?;
+            for at in places {
+                let index = index + at;
+                let row = match wanted.rows {
+                    Some(rows) => rows.get_item(index)?,
+                    None => None,
+                };
+                match row {
+                    Some(row) if row.is_none() => {}
+                    Some(row) => self.pairs.push(Pair::of_row(index, &row)?),
+                    None if wanted.is_rows_alone => {}
+                    None => {
+                        let p = params.get_item(at)?;
+                        if is_left || !self.collect_pair(torch, index, p, wanted)? {
+                            odd.push(index);
+                        }
+                    }
+                }
+            }
+            index += params.len();
+            self.groups[k].end = self.pairs.len();
+        }
+        if !odd.is_empty() {
+            return Err(Unfit::Odd(odd));
+        }
+        Ok(())
     }
 
     /// That there is memory for what a step notes of so many parameters, most of it small.
@@ -343,145 +389,86 @@ impl Contents {
         Ok(())
     }
 
-    /// Takes listed rows instead of what the groups hold. Their tuples in one sequence.
-    fn take<'py>(&mut self, listed: &[Listed<'py>]) -> PyResult<Vec<Bound<'py, PyTuple>>> {
-        self.pairs.clear();
-        self.groups.clear();
-        self.check_room(listed.iter().map(|(_, rows)| rows.len()).sum())?;
-        let mut tuples = Vec::new();
-        for (k, (dict, rows)) in listed.iter().enumerate() {
-            for row in rows {
-                let row = row.cast_into::<PyTuple>()?;
-                self.pairs.push(Pair {
-                    index: row.get_item(0)?.extract()?,
-                    p: row.get_item(1)?.unbind(),
-                    g: row.get_item(2)?.unbind(),
-                });
-                tuples.push(row);
-            }
-            // Never current: the next ordinary step reads the group again.
-            let mut snapshot = Snapshot::new(dict, true);
-            snapshot.forget();
-            self.groups.push(Group {
-                snapshot,
-                params: PyList::empty(dict.py()).unbind(),
-                config: torch_config_of(dict, &format!(" of group {k}"))?,
-                end: self.pairs.len(),
-            });
-        }
-        Ok(tuples)
-    }
-
-    /// Reads the options as they are now, and the parameters and their gradients. False if something
-    /// is not ordinary. May run Python code.
-    fn collect(&mut self, torch: &Torch, dicts: &Bound<'_, PyList>) -> PyResult<bool> {
-        let py = dicts.py();
-        self.groups.truncate(dicts.len());
-        let mut index = 0;
-        for (k, dict) in dicts.iter().enumerate() {
-            let Ok(dict) = dict.cast::<PyDict>() else {
-                return Ok(false);
-            };
-            if !self.read_group(k, dict)? {
-                return Ok(false);
-            }
-            let params = self.groups[k].params.clone_ref(py).into_bound(py);
-            self.check_room(index + params.len())?;
-            for p in params.iter() {
-                if !self.collect_pair(torch, index, p)? {
-                    return Ok(false);
-                }
-                index += 1;
-            }
-            self.groups[k].end = self.pairs.len();
-        }
-        Ok(self.groups.len() == dicts.len())
-    }
-
-    /// As `collect`, but only the parameter at `k` of the group at `place`.
-    fn collect_one(
-        &mut self,
-        torch: &Torch,
-        dicts: &Bound<'_, PyList>,
-        (place, k): (usize, usize),
-    ) -> PyResult<bool> {
-        let py = dicts.py();
-        // What was read of the groups before it may be old: each is compared when it is used.
-        for place in place.min(self.groups.len())..=place {
-            let dict = dicts.get_item(place)?;
-            let Ok(dict) = dict.cast::<PyDict>() else {
-                return Ok(false);
-            };
-            if !self.read_group(place, dict)? {
-                return Ok(false);
-            }
-        }
-        let params = |group: &Group| group.params.bind(py).clone();
-        let before = self.groups[..place].iter().map(|group| params(group).len());
-        let index = before.sum::<usize>() + k;
-        let p = params(&self.groups[place]).get_item(k)?;
-        let is_ordinary = self.collect_pair(torch, index, p)?;
-        self.groups[place].end = self.pairs.len();
-        Ok(is_ordinary)
-    }
-
     /// Adds a parameter and its gradient, if it has one. False if something is not ordinary.
     #[inline]
-    fn collect_pair(&mut self, torch: &Torch, index: usize, p: Bound<'_, PyAny>) -> PyResult<bool> {
+    fn collect_pair(
+        &mut self,
+        torch: &Torch,
+        index: usize,
+        p: Bound<'_, PyAny>,
+        wanted: &Wanted<'_, '_>,
+    ) -> PyResult<bool> {
         if !torch.is_plain(&p) {
             return Ok(false);
         }
         let g = torch.grad(&p)?;
-        if !g.is_none() {
-            if !torch.is_plain(&g) || torch.is_neg(&p)? || torch.is_neg(&g)? {
-                return Ok(false);
-            }
-            self.pairs.push(Pair {
-                index,
-                p: p.unbind(),
-                g: g.unbind(),
-            });
+        if g.is_none() {
+            return Ok(true);
         }
+        if !torch.is_plain(&g) {
+            return Ok(false);
+        }
+        let state = match wanted.only {
+            None => State::Next,
+            // The walk would begin at the first for each.
+            Some(_) => match wanted.state.get_item(&p)? {
+                Some(entry) => State::Entry(entry.unbind()),
+                None => return Ok(false),
+            },
+        };
+        self.pairs.push(Pair {
+            index,
+            p: p.unbind(),
+            g: g.unbind(),
+            state,
+            is_sure: false,
+        });
         Ok(true)
     }
 
-    /// Reads the options of a group. False if it is not ordinary.
-    fn read_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<bool> {
-        if let Some(group) = self.groups.get_mut(k) {
-            match group.snapshot.follow(dict, &mut group.config) {
-                Change::None => return Ok(true),
-                Change::Numbers if is_torch_config(&group.config) => return Ok(true),
-                _ => {}
-            }
+    /// Reads the options of a group.
+    fn read_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<()> {
+        if let Some(group) = self.groups.get_mut(k)
+            && group.options.follow(Front::Torch, dict) != Change::Other
+        {
+            return Ok(());
         }
         self.reread_group(k, dict)
     }
 
     #[cold]
-    fn reread_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<bool> {
+    fn reread_group(&mut self, k: usize, dict: &Bound<'_, PyDict>) -> PyResult<()> {
         self.groups.truncate(k);
-        // Indices may have changed.
-        self.rows.unpin();
-        let py = dict.py();
-        let snapshot = Snapshot::new(dict, true);
-        let config = torch_config_of(dict, &format!(" of group {k}"))?;
-        for key in TORCH_FLAGS {
-            let flag = dict.get_item(key)?;
-            if flag.is_some_and(|flag| flag.is_truthy().unwrap_or(true)) {
-                return Ok(false);
-            }
-        }
-        let params = dict.get_item(intern!(py, "params"))?;
-        let Some(Ok(params)) = params.map(|params| params.cast_into_exact::<PyList>()) else {
-            return Ok(false);
-        };
+        let options = GroupOptions::read(Front::Torch, dict, &format!(" of group {k}"))?;
+        let params = dict.as_any().get_item(intern!(dict.py(), "params"))?;
         self.groups.push(Group {
-            snapshot,
-            params: params.unbind(),
-            config,
+            options,
+            params: params.cast_into::<PyList>()?.unbind(),
+            is_left: is_left_to_torch(dict)?,
             end: 0,
         });
-        Ok(true)
+        Ok(())
+    }
+
+    /// Asks torch whether a sign is pending. Those that have one are not ordinary, like the others of a
+    /// step that was stopped.
+    fn settle(&mut self, torch: &Torch, py: Python<'_>, doubts: Doubts) -> Result<(), Unfit> {
+        let Doubts { mut odd, unsure } = doubts;
+        for (k, tensors) in unsure {
+            let pair = &mut self.pairs[k];
+            pair.is_sure = true;
+            for tensor in tensors {
+                if torch.is_pending(tensor.bind(py))? {
+                    odd.push(pair.index);
+                    break;
+                }
+            }
+        }
+        self.tensors.release(py);
+        match odd.is_empty() {
+            true => Ok(()),
+            false => Err(Unfit::Odd(odd)),
+        }
     }
 
     /// Draws the consequences of a step.
@@ -492,35 +479,33 @@ impl Contents {
         verdict: &Verdict,
     ) -> PyResult<()> {
         let py = dicts.py();
-        match verdict.outcome {
-            Outcome::Update { .. } => {
-                self.last_grad_norm = verdict.norm;
-                self.rows.tell(py, torch)
-            }
-            Outcome::Skip => {
-                self.skipped_steps = self.skipped_steps.saturating_add(1);
-                self.last_grad_norm = verdict.norm;
-                Ok(())
-            }
-            Outcome::Raise {
-                index,
-                element,
-                found,
-            } => {
-                let culprit = match index {
-                    ELSEWHERE => "a gradient of another process".to_owned(),
-                    index => culprit_in(dicts, "gradient", index)?,
-                };
-                let found = found.to_string().to_lowercase();
-                let place = match index {
-                    ELSEWHERE => String::new(),
-                    _ => format!(" at element {element}"),
-                };
-                Err(PyFloatingPointError::new_err(format!(
-                    "{culprit}: expected finite values, got {found}{place}"
-                )))
-            }
-        }
+        let Outcome::Raise {
+            index,
+            element,
+            found,
+        } = verdict.outcome
+        else {
+            return match verdict.outcome {
+                Outcome::Update => {
+                    let written = &mut self.tensors.written;
+                    written.extend(self.pairs.drain(..).map(|pair| pair.p));
+                    torch.increment_version(py, written.drain(..))
+                }
+                _ => Ok(()),
+            };
+        };
+        let culprit = match index {
+            ELSEWHERE => "a gradient of another process".to_owned(),
+            index => culprit_in(dicts, "gradient", index)?,
+        };
+        let found = found.to_string().to_lowercase();
+        let place = match index {
+            ELSEWHERE => String::new(),
+            _ => format!(" at element {element}"),
+        };
+        Err(PyFloatingPointError::new_err(format!(
+            "{culprit}: expected finite values, got {found}{place}"
+        )))
     }
 
     /// Lets go of what a step held.
@@ -529,48 +514,330 @@ impl Contents {
             // Bound, so that dropping the reference need not find out whether the GIL is held.
             drop((pair.p.into_bound(py), pair.g.into_bound(py)));
         }
-        self.rows.release();
+        self.tensors.release(py);
     }
 }
 
-/// The pairs by group.
-fn groups_of<'g>(
-    groups: &'g [Group],
-    pairs: &'g [Pair],
-) -> impl Iterator<Item = GroupPairs<'g>> + use<'g> {
-    let mut start = 0;
-    groups.iter().map(move |group| {
-        let pairs = &pairs[start..group.end];
-        start = group.end;
-        GroupPairs {
-            config: &group.config,
-            pairs,
+impl Tensors {
+    fn release(&mut self, py: Python<'_>) {
+        self.counts.clear();
+        for tensor in self.written.drain(..).chain(self.held.drain(..)) {
+            drop(tensor.into_bound(py));
         }
-    })
-}
-
-fn not_taken(unfit: Unfit) -> PyErr {
-    match unfit {
-        Unfit::Python(error) => error,
-        Unfit::Refused => PyRuntimeError::new_err(
-            "expected tensors that stay as they are during a step, got others",
-        ),
     }
 }
 
-/// Names a parameter, or what belongs to it, by its index over all groups.
-fn culprit_in(dicts: &Bound<'_, PyList>, what: &str, index: usize) -> PyResult<String> {
-    let py = dicts.py();
-    let mut place = index;
-    for dict in dicts.iter() {
-        let count = dict.get_item(intern!(py, "params"))?.len()?;
-        if place < count {
-            let names = dict.get_item(intern!(py, "param_names"));
-            let name = names.and_then(|names| names.get_item(place)).ok();
-            let name = name.map(|name| name.to_string());
-            return Ok(culprit(what, index, name.as_deref()));
+impl Pair {
+    fn of_row(index: usize, row: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let row = row.cast::<PyTuple>()?;
+        Ok(Pair {
+            index,
+            p: row.get_item(0)?.unbind(),
+            g: row.get_item(1)?.unbind(),
+            state: State::Tuple(row.clone().unbind()),
+            // Whoever made the row has looked.
+            is_sure: true,
+        })
+    }
+}
+
+/// A step cannot be done as it is; [`Doubts`] say why.
+struct Stopped;
+
+#[derive(Default)]
+struct Doubts {
+    /// The indices of parameters that are not ordinary.
+    odd: Vec<usize>,
+    /// The places of pairs of which only torch can tell whether a sign is pending, and the tensors to
+    /// ask of.
+    unsure: Vec<(usize, Vec<Py<PyAny>>)>,
+}
+
+/// The second part of a step: looks at all tensors as they are now, and makes them work for the
+/// kernel. Nothing is written.
+struct Check<'x> {
+    torch: &'x Torch,
+    groups: &'x [Group],
+    pairs: &'x [Pair],
+    tensors: &'x mut Tensors,
+    doubts: &'x mut Doubts,
+}
+
+impl Check<'_> {
+    /// All pairs.
+    fn all<'w>(
+        &mut self,
+        quiet: &Quiet<'_>,
+        mut work: Work<'w, 'w>,
+        state: Lent<'_>,
+    ) -> Result<Work<'w, 'w>, Stopped> {
+        let mut walk = StateWalk::new(quiet, state);
+        let mut start = 0;
+        for group in self.groups {
+            let mut rules = RuleCache::default();
+            let config = &group.options.config;
+            for k in start..group.end.max(start) {
+                let pair = &self.pairs[k];
+                let entry = match &pair.state {
+                    State::Next => walk.find(quiet, Lent::of(quiet, &pair.p), config),
+                    State::Entry(entry) => Entry::of_dict(quiet, Lent::of(quiet, entry), config),
+                    State::Tuple(tuple) => Some(Entry::of_tuple(quiet, Lent::of(quiet, tuple))),
+                };
+                self.pair(quiet, &mut work, k, entry, config, &mut rules);
+            }
+            start = group.end.max(start);
         }
-        place -= count;
+        if !self.doubts.odd.is_empty() || !self.doubts.unsure.is_empty() {
+            return Err(Stopped);
+        }
+        Ok(work)
     }
-    Ok(culprit(what, index, None))
+
+    #[inline]
+    #[allow(unsafe_code)]
+    fn pair(
+        &mut self,
+        quiet: &Quiet<'_>,
+        work: &mut Work<'_, '_>,
+        k: usize,
+        entry: Option<Entry<'_>>,
+        config: &Config,
+        rules: &mut RuleCache,
+    ) {
+        let pair = &self.pairs[k];
+        let (p, g) = (Lent::of(quiet, &pair.p), Lent::of(quiet, &pair.g));
+        let entry = entry.unwrap_or_default();
+        // Whether a sign is pending; None if only torch can tell.
+        let pending = Cell::new(Some(false));
+        let read = |role: Role| {
+            let view = entry.read(quiet, self.torch, config, [p, g], role)?;
+            if let Ok(view) = &view
+                && !pair.is_sure
+            {
+                match self.torch.is_view_pending(quiet, view) {
+                    Some(false) => {}
+                    other => pending.set(other),
+                }
+            }
+            Some(view)
+        };
+        let Ok(row) = row::check(read) else {
+            return self.doubts.odd.push(pair.index);
+        };
+        let Some(count) = entry.count(quiet, self.torch) else {
+            return self.doubts.odd.push(pair.index);
+        };
+        match pending.get() {
+            Some(false) => {}
+            Some(true) => return self.doubts.odd.push(pair.index),
+            None => {
+                let tensors = [Some(p), Some(g)].into_iter().chain(entry.arrays);
+                let tensors = tensors.flatten().map(|tensor| tensor.hold(quiet)).collect();
+                return self.doubts.unsure.push((k, tensors));
+            }
+        }
+        let rule = rules.get(work, row.dtype, config, count.read() as u64);
+        // SAFETY: references to all of the tensors are held until the work is done. Rows may share
+        // elements with each other, which is why they are updated by the caller alone unless
+        // `Work::is_apart`.
+        unsafe { row.push(work, pair.index, rule) };
+        let Tensors {
+            counts,
+            written,
+            held,
+        } = &mut *self.tensors;
+        counts.push(count);
+        for key in StateKey::ALL {
+            if let Some(array) = entry.arrays[key as usize].filter(|_| key.is_used(config)) {
+                written.push(array.hold(quiet));
+            }
+        }
+        held.extend(entry.step.map(|step| step.hold(quiet)));
+    }
+}
+
+/// A count of updates: a tensor with one element.
+#[derive(Clone, Copy)]
+struct Count {
+    data: usize,
+    dtype: DType,
+}
+
+impl Count {
+    #[inline]
+    fn new(view: &View<'_>) -> Option<Self> {
+        let is_one = view.shape.iter().all(|&len| len == 1);
+        let is_fit = is_one && view.is_aligned && !view.element.is_complex;
+        (is_fit && view.element.is_compute_type()).then_some(Count {
+            data: view.data,
+            dtype: view.element.dtype,
+        })
+    }
+
+    #[inline]
+    #[allow(unsafe_code)]
+    fn read(self) -> f64 {
+        // SAFETY: `new` found an aligned element of this type there, and its tensor is held or left
+        // alone until the step is over: a count is made in `Check::pair` and used before that ends,
+        // and once more after the run, before any Python code runs or while it is held.
+        unsafe {
+            match self.dtype {
+                DType::F64 => *(self.data as *const f64),
+                _ => f64::from(*(self.data as *const f32)),
+            }
+        }
+    }
+
+    #[inline]
+    #[allow(unsafe_code)]
+    fn increment(&self) {
+        // SAFETY: as in `read`.
+        unsafe {
+            match self.dtype {
+                DType::F64 => *(self.data as *mut f64) += 1.0,
+                _ => *(self.data as *mut f32) += 1.0,
+            }
+        }
+    }
+}
+
+/// The state of a parameter, lent.
+#[derive(Clone, Copy, Default)]
+struct Entry<'q> {
+    step: Option<Lent<'q>>,
+    /// By [`StateKey`].
+    arrays: [Option<Lent<'q>>; 3],
+}
+
+impl<'q> Entry<'q> {
+    /// Reads the dict of one parameter, until all that is used was found.
+    #[inline]
+    fn of_dict(quiet: &'q Quiet<'_>, dict: Lent<'q>, config: &Config) -> Option<Self> {
+        let mut entry = Entry::default();
+        for (key, value) in dict.entries(quiet)? {
+            if let Some(place) = entry.place(quiet, key) {
+                *place = Some(value);
+                if entry.is_complete(config) {
+                    break;
+                }
+            }
+        }
+        Some(entry)
+    }
+
+    /// From a tuple (p, g, square_avg, grad_avg, momentum_buffer, step).
+    fn of_tuple(quiet: &'q Quiet<'_>, tuple: Lent<'q>) -> Self {
+        let item = |k| tuple.item(quiet, k).filter(|item| !item.is_none(quiet));
+        Entry {
+            arrays: [item(2), item(3), item(4)],
+            step: item(5),
+        }
+    }
+
+    /// Reads the tensor of a role; None if the options do not use it.
+    #[inline(always)]
+    fn read(
+        &self,
+        quiet: &'q Quiet<'_>,
+        torch: &Torch,
+        config: &Config,
+        [p, g]: [Lent<'q>; 2],
+        role: Role,
+    ) -> Option<Result<View<'q>, Refusal>> {
+        let tensor = match (role, role.state_key()) {
+            (Role::Parameter, _) => Some(p),
+            (_, None) => Some(g),
+            (_, Some(key)) if key.is_used(config) => self.arrays[key as usize],
+            _ => return None,
+        };
+        Some(match tensor {
+            Some(tensor) => torch.view(quiet, tensor),
+            None => Err(Refusal::NotAnArray),
+        })
+    }
+
+    /// Reads the count of updates; None if it is none.
+    #[inline(always)]
+    fn count(&self, quiet: &'q Quiet<'_>, torch: &Torch) -> Option<Count> {
+        match torch.view(quiet, self.step?) {
+            Ok(view) => Count::new(&view),
+            Err(_) => None,
+        }
+    }
+
+    #[inline]
+    fn is_complete(&self, config: &Config) -> bool {
+        let is_there = |key: StateKey| self.arrays[key as usize].is_some() || !key.is_used(config);
+        self.step.is_some() && StateKey::ALL.into_iter().all(is_there)
+    }
+
+    /// Where the value of a key goes.
+    #[inline]
+    fn place(&mut self, quiet: &Quiet<'_>, key: Lent<'_>) -> Option<&mut Option<Lent<'q>>> {
+        let py = quiet.py();
+        let names = [
+            intern!(py, "square_avg"),
+            intern!(py, "grad_avg"),
+            intern!(py, "momentum_buffer"),
+            intern!(py, "step"),
+        ];
+        let found = names.iter().position(|name| name.as_ptr() == key.as_ptr());
+        // A checkpoint's strings are equal, not the same.
+        let is_equal =
+            |name: &Bound<'_, PyString>| name.to_str().is_ok_and(|name| key.is_string(quiet, name));
+        let found = found.or_else(|| names.iter().position(|name| is_equal(name)));
+        Some(match found? {
+            3 => &mut self.step,
+            k => &mut self.arrays[k],
+        })
+    }
+}
+
+/// Finds the state of one parameter after another.
+///
+/// Hashing a tensor runs Python code and takes longer than a step. But state is created in the order
+/// of the parameters, so as a rule the next one's is the next entry; and where it is not, tensors are
+/// the same key only if they are the same object.
+struct StateWalk<'q> {
+    walk: Option<Entries<'q>>,
+    state: Lent<'q>,
+    /// By the parameter's address, once the order was found to be another.
+    places: Option<HashMap<usize, Lent<'q>>>,
+}
+
+impl<'q> StateWalk<'q> {
+    fn new(quiet: &'q Quiet<'_>, state: Lent<'q>) -> Self {
+        StateWalk {
+            walk: state.entries(quiet),
+            state,
+            places: None,
+        }
+    }
+
+    #[inline]
+    fn find(
+        &mut self,
+        quiet: &'q Quiet<'_>,
+        parameter: Lent<'_>,
+        config: &Config,
+    ) -> Option<Entry<'q>> {
+        let is_it = |(key, _): &(Lent<'_>, Lent<'_>)| key.as_ptr() == parameter.as_ptr();
+        let found = match &self.places {
+            None => self.walk.as_mut()?.find(is_it).map(|(_, value)| value),
+            Some(places) => Some(*places.get(&(parameter.as_ptr() as usize))?),
+        };
+        let found = match found {
+            Some(found) => found,
+            None => self.search(quiet, parameter)?,
+        };
+        Entry::of_dict(quiet, found, config)
+    }
+
+    #[cold]
+    fn search(&mut self, quiet: &'q Quiet<'_>, parameter: Lent<'_>) -> Option<Lent<'q>> {
+        let entries = self.state.entries(quiet)?;
+        let places = entries.map(|(key, value)| (key.as_ptr() as usize, value));
+        let places = self.places.insert(places.collect());
+        places.get(&(parameter.as_ptr() as usize)).copied()
+    }
 }

@@ -17,144 +17,126 @@ static FORKS: AtomicU32 = AtomicU32::new(0);
 #[pyo3(name = "_after_fork")]
 pub(crate) fn after_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
-    waiting().clear();
 }
 
-/// How long a thread waits before it looks for signals.
-const PATIENCE: Duration = Duration::from_millis(50);
-
-/// The threads that wait, and whose turn it is where they do. The lock is taken with the GIL held,
-/// and nothing that might give the GIL away is done under it.
-static WAITING: Mutex<Vec<(usize, Arc<AtomicUsize>)>> = Mutex::new(Vec::new());
-
-fn waiting() -> MutexGuard<'static, Vec<(usize, Arc<AtomicUsize>)>> {
-    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Takes note that a thread waits, while this is there. Whoever closes a circle finds it here.
-struct Wait(usize);
-
-impl Wait {
-    /// None if the thread would wait for itself.
-    fn begin(thread: usize, holder: &Arc<AtomicUsize>) -> Option<Wait> {
-        let mut waiting = waiting();
-        let mut next = holder.load(Ordering::Relaxed);
-        for _ in 0..=waiting.len() {
-            if next == thread {
-                return None;
-            }
-            let Some((_, holder)) = waiting.iter().find(|(waits, _)| *waits == next) else {
-                break;
-            };
-            next = holder.load(Ordering::Relaxed);
-        }
-        waiting.push((thread, Arc::clone(holder)));
-        Some(Wait(thread))
-    }
-}
-
-impl Drop for Wait {
-    fn drop(&mut self) {
-        waiting().retain(|(thread, _)| *thread != self.0);
-    }
-}
-
-/// A number of this thread's own.
+/// A number of this thread's own, not 0.
 fn thread_token() -> usize {
     thread_local!(static TOKEN: u8 = const { 0 });
     TOKEN.with(|token| std::ptr::from_ref(token) as usize)
 }
 
+/// The thread whose turn it is; 0 for none.
+type Holder = Arc<AtomicUsize>;
+
+/// The threads that wait, each for the thread that holds something.
+static WAITING: Mutex<Vec<(usize, Holder)>> = Mutex::new(Vec::new());
+
 /// Something that one thread at a time works on. A thread waits for its turn without the GIL, hears
-/// signals meanwhile, and is told when it would wait for ever: for itself, for one that waits for it,
-/// or for a thread that only the parent of this process has.
+/// signals, and is told when it would wait for ever: for itself, for a thread that waits for it in
+/// turn, or for one that only the parent of this process has.
 pub(crate) struct Turns<T> {
     content: Mutex<T>,
-    /// The thread whose turn it is, or 0, and the process it is in.
-    thread: Arc<AtomicUsize>,
+    holder: Holder,
+    /// The process that the holder is in.
     forks: AtomicU32,
-    /// What wakes one of the threads that wait. The lock is never waited for: in a child of `fork` it
-    /// may be nobody's.
+    /// How many wait, and what they are woken by.
     waiting: AtomicUsize,
-    gate: Mutex<()>,
-    is_free: Condvar,
+    freed: (Mutex<()>, Condvar),
 }
 
 /// The right to work on it.
 pub(crate) struct Turn<'a, T> {
-    /// Dropped first.
-    content: MutexGuard<'a, T>,
-    ending: Ending<'a, T>,
+    /// None once it is given up.
+    content: Option<MutexGuard<'a, T>>,
+    turns: &'a Turns<T>,
 }
-
-/// Wakes another thread when a turn has ended.
-struct Ending<'a, T>(&'a Turns<T>);
 
 impl<T: Send> Turns<T> {
     pub fn new(content: T) -> Self {
         Turns {
             content: Mutex::new(content),
-            thread: Arc::new(AtomicUsize::new(0)),
+            holder: Holder::default(),
             forks: AtomicU32::new(0),
             waiting: AtomicUsize::new(0),
-            gate: Mutex::new(()),
-            is_free: Condvar::new(),
+            freed: Default::default(),
         }
     }
 
     /// Waits for a turn.
     #[inline]
     pub fn wait(&self, py: Python<'_>) -> PyResult<Turn<'_, T>> {
-        let content = loop {
-            match self.content.try_lock() {
-                Ok(content) => break content,
-                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => self.wait_detached(py)?,
-            }
+        let content = match self.content.try_lock() {
+            Ok(content) => content,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => self.wait_long(py)?,
         };
-        self.thread.store(thread_token(), Ordering::Relaxed);
+        self.holder.store(thread_token(), Ordering::Relaxed);
         self.forks
             .store(FORKS.load(Ordering::Relaxed), Ordering::Relaxed);
         Ok(Turn {
-            content,
-            ending: Ending(self),
+            content: Some(content),
+            turns: self,
         })
     }
 
-    /// Waits until it may be free. It is not taken here, where the GIL is not held: the garbage
-    /// collector looks at the content twice and must find it taken both times or neither.
+    /// Waits until it is free. It is taken where the GIL is held: the garbage collector looks at the
+    /// content twice and must find it taken both times or neither.
     #[cold]
-    fn wait_detached(&self, py: Python<'_>) -> PyResult<()> {
+    fn wait_long(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, T>> {
+        /// Until signals are heard.
+        const PAUSE: Duration = Duration::from_millis(20);
+        let _registered = Registered::new(&self.holder);
+        loop {
+            self.check_that_it_ends()?;
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            let content = self.content.try_lock();
+            if let Err(TryLockError::WouldBlock) = content {
+                py.detach(|| {
+                    let freed = lock(&self.freed.0);
+                    if self.holder.load(Ordering::SeqCst) != 0 {
+                        drop(self.freed.1.wait_timeout(freed, PAUSE));
+                    }
+                });
+            }
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            match content {
+                Ok(content) => return Ok(content),
+                Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => py.check_signals()?,
+            }
+        }
+    }
+
+    fn check_that_it_ends(&self) -> PyResult<()> {
         if self.forks.load(Ordering::Relaxed) != FORKS.load(Ordering::Relaxed) {
             return Err(PyRuntimeError::new_err(
                 "expected an optimizer at rest, got one that another thread was stepping when this \
                  process was forked",
             ));
         }
-        let thread = thread_token();
-        if self.thread.load(Ordering::Relaxed) == thread {
+        let me = thread_token();
+        let mut holder = self.holder.load(Ordering::Relaxed);
+        if holder == me {
             return Err(PyRuntimeError::new_err(
                 "expected one step at a time, got a call on an optimizer from inside its own step",
             ));
         }
-        let Some(_wait) = Wait::begin(thread, &self.thread) else {
-            return Err(PyRuntimeError::new_err(
-                "expected threads that do not wait for each other, got a call on an optimizer that \
-                 another thread is stepping which waits for a step of this one",
-            ));
-        };
-        py.detach(|| {
-            self.waiting.fetch_add(1, Ordering::SeqCst);
-            match self.gate.try_lock() {
-                Ok(gate) if self.thread.load(Ordering::SeqCst) != 0 => {
-                    drop(self.is_free.wait_timeout(gate, PATIENCE));
-                }
-                Ok(_) => {}
-                Err(_) => std::thread::sleep(PATIENCE / 50),
+        let waiting = lock(&WAITING);
+        // Whom the holder waits for, and so on; more often than there are waiting threads is for
+        // ever in a circle of others.
+        for _ in 0..waiting.len() {
+            let Some((_, next)) = waiting.iter().find(|(thread, _)| *thread == holder) else {
+                break;
+            };
+            holder = next.load(Ordering::Relaxed);
+            if holder == me {
+                return Err(PyRuntimeError::new_err(
+                    "expected an optimizer that is free at some time, got one that is being stepped \
+                     in a thread that waits for an optimizer which this thread is stepping",
+                ));
             }
-            self.waiting.fetch_sub(1, Ordering::SeqCst);
-        });
-        py.check_signals()
+        }
+        Ok(())
     }
 
     /// A turn if nobody else has one.
@@ -163,32 +145,49 @@ impl<T: Send> Turns<T> {
     }
 }
 
+/// This thread waits, until this is dropped.
+struct Registered;
+
+impl Registered {
+    fn new(holder: &Holder) -> Self {
+        lock(&WAITING).push((thread_token(), Arc::clone(holder)));
+        Registered
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let me = thread_token();
+        lock(&WAITING).retain(|(thread, _)| *thread != me);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl<T> Deref for Turn<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        &self.content
+        self.content.as_ref().expect("given up only when dropped")
     }
 }
 
 impl<T> DerefMut for Turn<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
-        &mut self.content
+        self.content.as_mut().expect("given up only when dropped")
     }
 }
 
 impl<T> Drop for Turn<'_, T> {
     fn drop(&mut self) {
-        self.ending.0.thread.store(0, Ordering::SeqCst);
-    }
-}
-
-impl<T> Drop for Ending<'_, T> {
-    fn drop(&mut self) {
-        if self.0.waiting.load(Ordering::SeqCst) > 0 {
-            // Who is between looking and waiting has the lock, and looks again before long.
-            drop(self.0.gate.try_lock());
-            self.0.is_free.notify_one();
+        self.turns.holder.store(0, Ordering::SeqCst);
+        self.content = None;
+        if self.turns.waiting.load(Ordering::SeqCst) > 0 {
+            // Not between a waiting thread's look and its falling asleep.
+            drop(lock(&self.turns.freed.0));
+            self.turns.freed.1.notify_one();
         }
     }
 }

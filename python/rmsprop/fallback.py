@@ -1,0 +1,321 @@
+"""What a step of :mod:`rmsprop.torch` does with tensors that are not ordinary.
+
+Tensors without state get some; of a DTensor this process's shard is stepped, and pending signs
+are resolved; what the core still does not take goes to torch's own ``rmsprop``, alone. Here
+Python looks at each tensor; the arithmetic is the core's, or torch's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.rmsprop import rmsprop as torch_rmsprop
+
+from rmsprop.torch_names import (
+    check_capture,
+    has_transforms,
+    increment_all,
+    is_dtensor,
+    is_watched,
+    shard,
+)
+
+if TYPE_CHECKING:
+    from rmsprop.torch import RMSprop
+
+Group: TypeAlias = dict[str, Any]
+#: A group's place in ``opt.param_groups`` and a parameter's place in the group.
+Place: TypeAlias = tuple[int, int]
+#: p, g, square_avg, grad_avg, momentum_buffer, step: what the core is given. None for state that
+#: is not used.
+Row: TypeAlias = tuple[Any, ...]
+
+
+@dataclass
+class Odd:
+    """A parameter that has a gradient, and is not ordinary."""
+
+    group: Group
+    p: Tensor
+    grad: Tensor
+    #: Its state, with what is new.
+    entry: Group
+    #: What is not in ``opt.state`` yet.
+    new: Group
+
+
+@dataclass
+class Plan:
+    """What is done in a step with the parameters that are not ordinary, by index."""
+
+    #: What the core is given instead; None for what it leaves alone.
+    rows: dict[int, Row | None] = field(default_factory=dict)
+    odd: dict[int, Odd] = field(default_factory=dict)
+
+
+def step(opt: RMSprop, only: Place | None = None, odd: list[int] | None = None) -> None:
+    """Updates every parameter that has a gradient; nothing at all if an error is raised here.
+
+    An error of torch's own ``rmsprop``, and no other, leaves others updated, as in torch. With
+    ``only`` it is about one parameter. ``odd`` lists those that the core has found not ordinary.
+    """
+    plan = Plan()
+    everything = range(sum(len(group["params"]) for group in opt.param_groups))
+    # None: nothing has looked yet.
+    found: Any = everything if is_watched() else odd or []
+    while True:
+        _add(opt, plan, found, only)
+        gathered = None
+        if _looks(opt) and any(is_dtensor(each.p) for each in plan.odd.values()):
+            # All processes gather, and once: so nothing may be found out later.
+            _add(opt, plan, everything, only)
+            gathered = _gather(opt, plan)
+        _store(plan, opt.state)
+        try:
+            found = opt._stepper.step(
+                opt.param_groups, opt.state, only, plan.rows, gathered
+            )
+        except BaseException:
+            _discard(plan, opt.state)
+            raise
+        if found is True:
+            break
+        _discard(plan, opt.state)
+        if found is False:
+            return
+    sharded = (each.p for each in plan.odd.values() if is_dtensor(each.p))
+    increment_all(sharded)
+    _step_by_torch(plan)
+
+
+def _looks(opt: RMSprop) -> bool:
+    """Whether an option looks at all gradients before a step."""
+    return opt.max_grad_norm is not None or opt.nonfinite != "propagate"
+
+
+def _add(opt: RMSprop, plan: Plan, indices: Any, only: Place | None) -> None:
+    """Decides what to do with these parameters."""
+    wanted = set(indices) - plan.rows.keys()
+    first = 0
+    for place, group in enumerate(opt.param_groups):
+        for at, p in enumerate(group["params"]):
+            is_meant = only is None or only == (place, at)
+            if first + at in wanted and is_meant:
+                _add_one(opt, plan, first + at, group, p)
+        first += len(group["params"])
+
+
+def _add_one(opt: RMSprop, plan: Plan, index: int, group: Group, p: Tensor) -> None:
+    if (grad := p.grad) is None:
+        plan.rows[index] = None
+        return
+    if grad.is_sparse:
+        raise RuntimeError("RMSprop does not support sparse gradients")
+    # What a parameter that is listed twice was given is not made again.
+    given = (odd.new for odd in plan.odd.values() if odd.p is p)
+    known = {**opt.state.get(p, {}), **next(given, {})}
+    new = missing_state(p, known, group)
+    odd = Odd(group, p, grad, {**known, **new}, new)
+    own = _own_options(opt, group)
+    is_left = group["capturable"] or group["differentiable"] or is_watched() and not own
+    row = None if is_left else _row(odd)
+    if row is not None and not opt._stepper.takes(group, row):
+        row = None
+    if row is None:
+        check_capture(opt)
+    if row is None and own:
+        name = opt._stepper.name_in(list(opt.param_groups), index)
+        raise ValueError(
+            f"{own[0]}: expected plain tensors of one shape, float32, float64 or complex, in host"
+            f" memory, for torch's own rmsprop has no such option, got {name} with {_describe(odd)}"
+        )
+    plan.rows[index] = row
+    plan.odd[index] = odd
+
+
+def _own_options(opt: RMSprop, group: Group) -> list[str]:
+    """Lists the options in effect that torch's own rmsprop does not have."""
+    has_momentum, decays = group["momentum"] > 0, group["weight_decay"] != 0
+    options = {
+        "eps_in_sqrt": group.get("eps_in_sqrt"),
+        "lr_in_momentum": group.get("lr_in_momentum") and has_momentum,
+        "nesterov": group.get("nesterov") and has_momentum,
+        "bias_correction": group.get("bias_correction"),
+        "decoupled_weight_decay": group.get("decoupled_weight_decay") and decays,
+        "max_grad_norm": opt.max_grad_norm is not None,
+        "nonfinite": opt.nonfinite != "propagate",
+    }
+    return [option for option, is_on in options.items() if is_on]
+
+
+def _describe(odd: Odd) -> str:
+    tensors = {"p": odd.p, "grad": odd.grad, **odd.entry}
+    found = [
+        f"{name} {type(x).__name__} {getattr(x, 'dtype', '')} {tuple(getattr(x, 'shape', ()))}"
+        f" on {getattr(x, 'device', 'no device')}"
+        for name, x in tensors.items()
+    ]
+    flags = [flag for flag in ("capturable", "differentiable") if odd.group[flag]]
+    return ", ".join(found + flags)
+
+
+def _row(odd: Odd) -> Row:
+    """Returns the tensors in which the core would find a parameter."""
+    p, grad, entry = odd.p, odd.grad, odd.entry
+    if is_dtensor(p) and is_dtensor(grad) and not _is_placed_like(grad, p):
+        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    if type(grad) is Tensor:
+        grad = grad.resolve_conj().resolve_neg()
+    m = entry["grad_avg"] if odd.group["centered"] else None
+    b = entry["momentum_buffer"] if odd.group["momentum"] > 0 else None
+    tensors: tuple[Any, ...] = (p, grad, entry["square_avg"], m, b)
+    if is_dtensor(p) and all(x is None or _is_placed_like(x, p) for x in tensors):
+        tensors = tuple(x if x is None else shard(x) for x in tensors)
+    return (*tensors, entry["step"])
+
+
+def _is_placed_like(tensor: Any, p: Any) -> bool:
+    return (
+        is_dtensor(tensor)
+        and tensor.device_mesh == p.device_mesh
+        and tensor.placements == p.placements
+    )
+
+
+def _store(plan: Plan, state: Any) -> None:
+    """Before the step: written parameters must not be without their state, whatever happens."""
+    for odd in plan.odd.values():
+        if odd.new:
+            state[odd.p].update(odd.new)
+
+
+def _discard(plan: Plan, state: Any) -> None:
+    """Takes new state back after a step that was left out."""
+    for odd in plan.odd.values():
+        for key in odd.new:
+            state[odd.p].pop(key, None)
+        if odd.new and not state[odd.p]:
+            del state[odd.p]
+
+
+def _step_by_torch(plan: Plan) -> None:
+    """Steps what the core has left alone, group by group."""
+    left: dict[int, list[Odd]] = {}
+    for index, odd in plan.odd.items():
+        if plan.rows[index] is None:
+            left.setdefault(id(odd.group), []).append(odd)
+    for members in left.values():
+        group = members[0].group
+
+        def listed(key: str, is_used: bool = True, of: list[Odd] = members) -> Any:
+            return [odd.entry[key] for odd in of] if is_used else []
+
+        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
+        flags = ("foreach", "maximize", "differentiable", "capturable")
+        torch_rmsprop(
+            [odd.p for odd in members],
+            [odd.grad for odd in members],
+            listed("square_avg"),
+            listed("grad_avg", group["centered"]),
+            listed("momentum_buffer", group["momentum"] > 0),
+            listed("step"),
+            has_complex=any(torch.is_complex(odd.p) for odd in members),
+            **{key: group[key] for key in (*names, *flags)},
+        )
+
+
+def missing_state(p: Tensor, entry: Group, group: Group) -> Group:
+    """Creates the state that the options need and that is not there, at its start value."""
+    new: Group = {}
+    count = entry.get("step", 0.0)
+    if not torch.is_tensor(count):
+        new["step"] = count_of(count, p, group)
+    start = group.get("initial_square_avg", 0.0)
+    keys = (
+        ("square_avg", True, start),
+        ("momentum_buffer", group["momentum"] > 0, 0.0),
+        ("grad_avg", group["centered"], 0.0),
+    )
+    for place, (key, is_used, value) in enumerate(keys, start=1):
+        if is_used and key not in entry:
+            new[key] = _filled_like(p, value, place)
+    return new
+
+
+def _filled_like(p: Tensor, value: float, place: int) -> Tensor:
+    """A tensor like the parameter; complex ones have the value in both parts."""
+    if not _is_host_array(p):
+        if torch.is_complex(p):
+            value = complex(value, value)  # type: ignore[assignment]
+        return torch.full_like(p, value, memory_format=torch.preserve_format)
+    like = torch.empty_like(p, memory_format=torch.preserve_format)
+    size = like.element_size()
+    # Loads wait for stores to the same address modulo a page: state begins elsewhere than the
+    # parameter, and than other state. (A large tensor begins 64 bytes into a page, as do gradients.)
+    if like.numel() * size >= _PAGE:
+        room = torch.empty(like.numel() + _PAGE // size, dtype=p.dtype)
+        start = (p.data_ptr() + 512 * place - room.data_ptr()) % _PAGE
+        if start % size == 0:
+            storage = room.untyped_storage()
+            like = torch.empty(0, dtype=p.dtype).set_(
+                storage, start // size, like.size(), like.stride()
+            )
+    # Not by torch's threads, which a process that was forked would wait for for ever.
+    array = torch.view_as_real(like) if torch.is_complex(like) else like
+    array.numpy()[...] = value
+    return like
+
+
+_PAGE = 4096
+
+
+def _is_host_array(p: Tensor) -> bool:
+    """Whether NumPy can write a tensor like this one."""
+    if type(p) not in (Tensor, torch.nn.Parameter) or p.layout != torch.strided:
+        return False
+    is_known = p.dtype in _NUMPY_DTYPES and p.is_cpu and not is_watched()
+    return is_known and not has_transforms()
+
+
+_NUMPY_DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+def count_of(value: float, p: Tensor, group: Group) -> Tensor:
+    """Makes a count of updates as torch does."""
+    is_double = torch.get_default_dtype() == torch.float64
+    dtype = torch.float64 if is_double else torch.float32
+    device = p.device if group["capturable"] else None
+    return torch.tensor(float(value), dtype=dtype, device=device)
+
+
+def _gather(opt: RMSprop, plan: Plan) -> tuple[float, bool]:
+    """Sums the squares of the gradients over all shards; whether one is not finite.
+
+    Every process must come here: it does so for its options and the placements, which are the
+    same everywhere, and for no value.
+    """
+    # By the process groups that shards are spread over: () for what everybody has whole.
+    spread: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for index, row in plan.rows.items():
+        if row is not None:
+            process_groups = _process_groups(plan.odd[index].p)
+            spread.setdefault(process_groups, {})[index] = row
+    squares, has_nonfinite = 0.0, False
+    for process_groups, some in spread.items():
+        found = opt._stepper.measure(opt.param_groups, some)
+        total = torch.tensor(found, dtype=torch.float64, device="cpu")
+        for process_group in process_groups:
+            torch.distributed.all_reduce(total, group=process_group)
+        squares += total[0].item()
+        has_nonfinite |= total[1].item() > 0
+    return squares, has_nonfinite
+
+
+def _process_groups(p: Any) -> tuple[Any, ...]:
+    if not is_dtensor(p):
+        return ()
+    dims = (d for d, place in enumerate(p.placements) if not place.is_replicate())
+    return tuple(p.device_mesh.get_group(d) for d in dims)

@@ -1,0 +1,1204 @@
+//! The array front: the Rust part of `rmsprop.RMSprop`.
+//!
+//! A step has four parts, the same as for torch ([`torch`](super::torch)). It *collects* the options
+//! and the gradients, for which Python code may run. It *checks*: with nothing running Python code it
+//! looks at all memory and makes it work for the kernel. It *runs*, without the GIL if that takes
+//! long. And it *concludes*: counts, tells autograd.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use pyo3::exceptions::{
+    PyAttributeError, PyFloatingPointError, PyIndexError, PyKeyError, PyMemoryError, PyTypeError,
+    PyValueError,
+};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
+use pyo3::{PyTraverseError, PyVisit, intern};
+
+use super::error::check_room;
+use super::group::{DTYPES, Group, NewState, flatten, half_of};
+use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
+use super::overlap::Extent;
+use super::param::{Destinations, Param, Refused, WANTED};
+use super::row;
+use super::source::{Gradient, GradientNow, Source, has_changed};
+use super::step::{self, Crew};
+use super::turn::Turns;
+use super::view::{Lent, Quiet, Refusal};
+use crate::error::Error;
+use crate::kernel::Role;
+use crate::kernel::batch::{Batch, Piece, Work};
+use crate::kernel::isa::isa;
+use crate::optimizer::{Outcome, RuleCache, Verdict, code_of};
+use crate::state::StateKey;
+use crate::threads::default_threads;
+
+/// The base class of `rmsprop.RMSprop`, which documents it.
+#[pyclass(extends = StepOptions, subclass, frozen, weakref, module = "rmsprop._core")]
+pub(crate) struct Optimizer {
+    param_groups: Mutex<Py<PyList>>,
+    contents: Turns<Contents>,
+}
+
+/// A group that is to be added: its dict, and the names of its parameters, each a string or None.
+type NewGroup<'py> = (Bound<'py, PyDict>, Bound<'py, PyList>);
+
+/// What is kept of a parameter besides its state, and what is needed in between, at most.
+const BYTES_A_PARAMETER: usize = size_of::<Param>() + 1024;
+
+/// What one thread at a time works on.
+struct Contents {
+    groups: Vec<Group>,
+    params: Vec<Param>,
+    /// Some can only be read after Python code has run.
+    has_foreign: bool,
+    /// Updates of each parameter.
+    steps: Vec<u64>,
+    /// Whether this step updates it.
+    stepped: Vec<bool>,
+    destinations: Destinations,
+    /// Kept from step to step so that a step allocates nothing.
+    batch: Batch,
+    /// One for each parameter, as far as they are held.
+    gradients: Vec<Gradient>,
+    is_holding: bool,
+    /// What is let go of when the step is over: arrays that parameters had before.
+    retired: Vec<Py<PyAny>>,
+    /// What a step without the GIL holds.
+    held: Vec<Py<PyAny>>,
+}
+
+impl Optimizer {
+    fn groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyList> {
+        let groups = self.param_groups.lock();
+        let groups = groups.unwrap_or_else(PoisonError::into_inner);
+        groups.bind(py).clone()
+    }
+}
+
+#[pymethods]
+impl Optimizer {
+    #[new]
+    #[pyo3(signature = (*_args, **_kwargs))]
+    fn new(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _kwargs: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let contents = Contents {
+            groups: Vec::new(),
+            params: Vec::new(),
+            has_foreign: false,
+            steps: Vec::new(),
+            stepped: Vec::new(),
+            destinations: Destinations::default(),
+            batch: Batch::new(code_of(isa()?)?),
+            gradients: Vec::new(),
+            is_holding: false,
+            retired: Vec::new(),
+            held: Vec::new(),
+        };
+        let optimizer = Optimizer {
+            param_groups: Mutex::new(PyList::empty(py).unbind()),
+            contents: Turns::new(contents),
+        };
+        let options = StepOptions::new(Some(default_threads()?));
+        Ok(PyClassInitializer::from(options).add_subclass(optimizer))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if let Ok(groups) = self.param_groups.try_lock() {
+            visit.call(&*groups)?;
+        }
+        // Locked means in use, and nothing in use is garbage.
+        let Some(contents) = self.contents.try_take() else {
+            return Ok(());
+        };
+        let mut groups = contents.groups.iter();
+        groups.try_for_each(|group| group.traverse(&visit))?;
+        let mut params = contents.params.iter();
+        params.try_for_each(|param| param.traverse(&visit))
+    }
+
+    fn __clear__(&self) {
+        let Some(mut contents) = self.contents.try_take() else {
+            return;
+        };
+        let groups = std::mem::take(&mut contents.groups);
+        let params = std::mem::take(&mut contents.params);
+        contents.steps.clear();
+        contents.gradients.clear();
+        contents.destinations.forget();
+        // Dropping may run Python code, which may come back here.
+        drop(contents);
+        drop((groups, params));
+    }
+
+    /// The parameter groups: dicts of options, read at every step.
+    #[getter(param_groups)]
+    fn get_param_groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyList> {
+        self.groups(py)
+    }
+
+    #[setter(param_groups)]
+    fn set_param_groups(&self, groups: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Ok(groups) = groups.cast::<PyList>() else {
+            let class = groups.get_type().name()?;
+            let message = format!("param_groups: expected a list, got {class}");
+            return Err(PyTypeError::new_err(message));
+        };
+        let place = self.param_groups.lock();
+        let mut place = place.unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *place, groups.clone().unbind());
+        // Dropping it may run Python code that comes back here.
+        drop(place);
+        drop(old);
+        Ok(())
+    }
+
+    /// Updates every parameter that has a gradient, in place, by the rule in `rmsprop`'s
+    /// documentation.
+    ///
+    /// `closure` is called first, if given, and its value returned. Gradients come from `grads`, a
+    /// sequence in the order of the parameters over all groups or a mapping by name, where None
+    /// leaves a parameter alone; or else from each parameter's `.grad`. A gradient has its
+    /// parameter's shape and any real floating dtype, from which it is rounded once to the
+    /// parameter's; it is not written. The parameters and the state are. The GIL is released while a
+    /// long step computes; threads that step one optimizer take turns.
+    ///
+    /// Raises TypeError or ValueError for a gradient, a parameter or an option that does not fit,
+    /// naming it, and FloatingPointError with `nonfinite="raise"`; nothing is changed then.
+    ///
+    /// Example: `opt.step(grads=[gw, gb])`.
+    #[pyo3(signature = (closure = None, *, grads = None))]
+    fn step(
+        slf: &Bound<'_, Self>,
+        closure: Option<&Bound<'_, PyAny>>,
+        grads: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Option<Py<PyAny>>> {
+        let py = slf.py();
+        let value = closure.map(|closure| closure.call0()).transpose()?;
+        let (this, options) = (slf.get(), slf.as_super().get());
+        let grads = Grads::new(grads)?;
+        let groups = this.groups(py);
+        let mut turn = this.contents.wait(py)?;
+        let outcome = turn.step(py, &groups, &grads, &options.values());
+        turn.release();
+        drop(turn);
+        match outcome? {
+            Verdict {
+                outcome: Outcome::Skip,
+                norm,
+            } => options.report(norm, true),
+            verdict => options.report(verdict.norm, false),
+        }
+        Ok(value.map(Bound::unbind))
+    }
+
+    /// Adds groups, all or none: dicts that have every option and a tuple of parameters, and the
+    /// names of these.
+    fn _add_groups(&self, py: Python<'_>, groups: Vec<NewGroup<'_>>) -> PyResult<()> {
+        let list = self.groups(py);
+        self.contents.wait(py)?.add_groups(py, &groups)?;
+        groups.iter().try_for_each(|(group, _)| list.append(group))
+    }
+
+    /// The group of a parameter.
+    fn _group_index(&self, py: Python<'_>, index: usize) -> PyResult<usize> {
+        self.contents.wait(py)?.group_of(index)
+    }
+
+    /// The names of a parameter's state arrays.
+    fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<&'static str>> {
+        let contents = self.contents.wait(py)?;
+        let group = &contents.groups[contents.group_of(index)?];
+        let state = &group.halves[half_of(contents.params[index].dtype)].state;
+        let keys = StateKey::ALL.into_iter();
+        let keys = keys.filter(|&key| state[key as usize].is_some());
+        Ok(keys.map(StateKey::name).collect())
+    }
+
+    /// A view of a state array, of the parameter's shape; KeyError if there is none of that name.
+    fn _state_array<'py>(
+        &self,
+        py: Python<'py>,
+        index: usize,
+        key: &str,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let contents = self.contents.wait(py)?;
+        match StateKey::named(key) {
+            Some(key) => contents.state_array(py, index, key),
+            None => Err(PyKeyError::new_err(key.to_owned())),
+        }
+    }
+
+    /// Checks that a value can become a state array; ValueError if not.
+    fn _check_state(
+        &self,
+        py: Python<'_>,
+        index: usize,
+        key: &str,
+        value: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let gradient = Gradient::of(value);
+        let contents = self.contents.wait(py)?;
+        contents.group_of(index)?;
+        let param = &contents.params[index];
+        let culprit = format!("state {key} of {}", param.culprit("parameter", index));
+        if StateKey::named(key).is_none() {
+            let names = StateKey::ALL.map(StateKey::name).join(", ");
+            let message = format!("{culprit}: expected step or one of {names}");
+            return Err(PyValueError::new_err(message));
+        }
+        let fits = gradient.and_then(|gradient| {
+            Quiet::during(py, |quiet| {
+                let now = gradient.now(quiet, None, index);
+                let fits = now.view(quiet).and_then(|view| param.check_like(&view));
+                fits.map(|()| gradient)
+            })
+        });
+        let raise = |refusal: Refusal| {
+            let error = refusal.raise(culprit, &param.describe(py), value);
+            // State is data, not an argument: also the wrong type is a ValueError.
+            match error.is_instance_of::<PyTypeError>(py) {
+                true => PyValueError::new_err(error.value(py).to_string()),
+                false => error,
+            }
+        };
+        fits.map(drop).map_err(raise)
+    }
+
+    /// Gives the state of parameters other values, all at once: for each of the given ones a mapping
+    /// from "step" and the names of arrays to an int and to arrays that fit, or a number for all
+    /// elements. Arrays that are not there are created; those that are not named are left alone. The
+    /// dicts of all groups are updated with `options` as well, if given.
+    #[pyo3(signature = (entries, options = None))]
+    fn _restore(
+        &self,
+        py: Python<'_>,
+        entries: Vec<(usize, Bound<'_, PyDict>)>,
+        options: Option<Vec<Bound<'_, PyDict>>>,
+    ) -> PyResult<()> {
+        let dicts = self.groups(py);
+        let mut contents = self.contents.wait(py)?;
+        contents.restore(py, &entries, &dicts, options.as_deref())
+    }
+
+    /// How often a parameter was updated.
+    fn _steps(&self, py: Python<'_>, index: usize) -> PyResult<u64> {
+        let contents = self.contents.wait(py)?;
+        contents.group_of(index)?;
+        Ok(contents.steps[index])
+    }
+
+    /// The number of parameters over all groups.
+    fn _count_parameters(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.contents.wait(py)?.params.len())
+    }
+}
+
+/// Where the gradients of a step come from.
+enum Grads<'py> {
+    /// Each parameter's `.grad`.
+    Attributes,
+    /// A list or a tuple, and how many it has.
+    Items(Bound<'py, PyAny>, usize),
+    Mapping(Bound<'py, PyMapping>),
+}
+
+impl<'py> Grads<'py> {
+    /// Sorts out what was handed over; an iterable is read once.
+    fn new(grads: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+        let Some(grads) = grads else {
+            return Ok(Grads::Attributes);
+        };
+        if let Ok(list) = grads.cast::<PyList>() {
+            return Ok(Grads::Items(grads.clone(), list.len()));
+        }
+        if let Ok(tuple) = grads.cast::<PyTuple>() {
+            return Ok(Grads::Items(grads.clone(), tuple.len()));
+        }
+        if let Ok(mapping) = grads.cast::<PyMapping>() {
+            return Ok(Grads::Mapping(mapping.clone()));
+        }
+        let class = grads.get_type().name()?;
+        let wrong = || {
+            let message = format!("grads: expected a sequence or a mapping of arrays, got {class}");
+            PyTypeError::new_err(message)
+        };
+        // A bare array is iterable too, as a rule.
+        if grads.is_instance_of::<PyString>() || Source::of(grads).is_ok() {
+            return Err(wrong());
+        }
+        let items = grads.try_iter().map_err(|_| wrong())?;
+        let items = items.collect::<PyResult<Vec<_>>>()?;
+        let count = items.len();
+        let items = PyTuple::new(grads.py(), items)?;
+        Ok(Grads::Items(items.into_any(), count))
+    }
+
+    /// That there is one for each parameter, and no other.
+    fn check(&self, params: &[Param]) -> PyResult<()> {
+        match self {
+            Grads::Attributes => Ok(()),
+            Grads::Items(_, found) if *found == params.len() => Ok(()),
+            Grads::Items(_, found) => {
+                let wanted = params.len();
+                let message = format!("grads: expected {wanted} gradients, got {found}");
+                Err(PyValueError::new_err(message))
+            }
+            Grads::Mapping(mapping) => check_names(mapping, params),
+        }
+    }
+
+    /// The gradient of a parameter, or Python's None.
+    fn of(&self, py: Python<'py>, param: &Param, index: usize) -> PyResult<Bound<'py, PyAny>> {
+        match self {
+            Grads::Items(items, _) => items.get_item(index).map_err(|_| {
+                PyValueError::new_err(
+                    "grads: expected a list that stays as it is, got a shorter one",
+                )
+            }),
+            Grads::Mapping(mapping) => mapping.get_item(&param.name).map_err(|error| {
+                if !error.is_instance_of::<PyKeyError>(py) {
+                    return error;
+                }
+                let culprit = param.culprit("gradient", index);
+                let message =
+                    format!("{culprit}: expected an array or None, got no entry in grads");
+                PyValueError::new_err(message)
+            }),
+            Grads::Attributes => match &param.source {
+                Source::Parameter(parameter, ..) if !param.has_own_grad => Ok(parameter
+                    .get()
+                    .grad(py)
+                    .unwrap_or_else(|| py.None().into_bound(py))),
+                _ => param
+                    .object
+                    .bind(py)
+                    .getattr(intern!(py, "grad"))
+                    .map_err(|error| {
+                        if !error.is_instance_of::<PyAttributeError>(py) {
+                            return error;
+                        }
+                        let culprit = param.culprit("parameter", index);
+                        let wanted = "one with .grad, or a step(grads=...)";
+                        PyValueError::new_err(format!("{culprit}: expected {wanted}, got neither"))
+                    }),
+            },
+        }
+    }
+}
+
+/// That all parameters have names and the mapping has no others.
+fn check_names(mapping: &Bound<'_, PyMapping>, params: &[Param]) -> PyResult<()> {
+    if params.iter().any(|param| param.name.is_none()) {
+        let message = "grads: expected a sequence, for the parameters have no names, got a mapping";
+        return Err(PyValueError::new_err(message));
+    }
+    if mapping.len()? <= params.len() {
+        return Ok(()); // A missing name will be missed.
+    }
+    let names: HashMap<_, _> = params
+        .iter()
+        .map(|param| (param.name.as_deref(), ()))
+        .collect();
+    for key in mapping.keys()?.iter() {
+        let is_name = |key: &str| names.contains_key(&Some(key));
+        if !key.extract::<&str>().is_ok_and(is_name) {
+            let message = format!("grads: expected names of parameters, got {}", key.repr()?);
+            return Err(PyValueError::new_err(message));
+        }
+    }
+    Ok(())
+}
+
+/// State that a step creates for options that were switched on, and takes back should it fail: group,
+/// half, key.
+type Fresh = Vec<(usize, usize, StateKey)>;
+
+/// Another tuple of parameters for a group, and those that are new, by index.
+type Replaced = (Py<PyTuple>, Vec<(usize, Param)>);
+
+impl Contents {
+    fn group_of(&self, index: usize) -> PyResult<usize> {
+        let mut groups = self.groups.iter();
+        let group = groups.position(|group| group.range.contains(&index));
+        group.ok_or_else(|| {
+            PyIndexError::new_err(format!(
+                "parameter {index}: expected an index below {}",
+                self.params.len()
+            ))
+        })
+    }
+
+    fn step(
+        &mut self,
+        py: Python<'_>,
+        dicts: &Bound<'_, PyList>,
+        grads: &Grads<'_>,
+        options: &Values,
+    ) -> PyResult<Verdict> {
+        let mut fresh = Fresh::new();
+        let read = self.read_groups(py, dicts, &mut fresh);
+        let outcome = read.and_then(|()| self.step_groups(py, grads, options));
+        if !matches!(
+            outcome,
+            Ok(Verdict {
+                outcome: Outcome::Update,
+                ..
+            })
+        ) {
+            self.take_back(&fresh);
+        }
+        outcome
+    }
+
+    fn step_groups(
+        &mut self,
+        py: Python<'_>,
+        grads: &Grads<'_>,
+        options: &Values,
+    ) -> PyResult<Verdict> {
+        grads.check(&self.params)?;
+        let items = match grads {
+            Grads::Items(items, _) => Some(items.clone().unbind()),
+            _ => None,
+        };
+        self.groups
+            .iter_mut()
+            .for_each(|group| group.is_flat = false);
+        if items.is_none() || self.has_foreign {
+            self.collect(py, grads)?;
+        }
+        let mut outcome = self.check_and_run(py, items.as_ref(), options);
+        if let Err(Refused::Collect) = outcome {
+            self.collect(py, grads)?;
+            outcome = self.check_and_run(py, items.as_ref(), options);
+        }
+        let verdict = outcome.map_err(|refused| self.raise(py, items.as_ref(), refused))?;
+        self.conclude(py, &verdict)?;
+        Ok(verdict)
+    }
+
+    /// Reads the options of the groups as they are now.
+    fn read_groups(
+        &mut self,
+        py: Python<'_>,
+        dicts: &Bound<'_, PyList>,
+        fresh: &mut Fresh,
+    ) -> PyResult<()> {
+        if dicts.len() != self.groups.len() {
+            return Err(PyValueError::new_err(format!(
+                "param_groups: expected {} groups, got {}: add_param_group adds one",
+                self.groups.len(),
+                dicts.len()
+            )));
+        }
+        for index in 0..self.groups.len() {
+            let dict = dicts.get_item(index)?;
+            let Ok(dict) = dict.cast::<PyDict>() else {
+                let class = dict.get_type().name()?;
+                return Err(PyTypeError::new_err(format!(
+                    "group {index}: expected a dict, got {class}"
+                )));
+            };
+            if self.groups[index].options.follow(Front::Arrays, dict) == Change::Other {
+                self.read_group(py, index, dict, fresh)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn read_group(
+        &mut self,
+        py: Python<'_>,
+        index: usize,
+        dict: &Bound<'_, PyDict>,
+        fresh: &mut Fresh,
+    ) -> PyResult<()> {
+        let place = format!(" of group {index}");
+        let options = GroupOptions::read(Front::Arrays, dict, &place)?;
+        let is_contiguous = is_contiguous(dict)?;
+        let group = &self.groups[index];
+        if is_contiguous != group.is_contiguous {
+            let python = |flag| if flag { "True" } else { "False" };
+            let (wanted, found) = (python(group.is_contiguous), python(is_contiguous));
+            return Err(PyValueError::new_err(format!(
+                "contiguous_params{place}: expected {wanted} as at its construction, got {found}"
+            )));
+        }
+        let objects = dict.get_item(intern!(py, "params"))?;
+        let objects = objects.ok_or_else(|| {
+            PyValueError::new_err(format!("params{place}: expected a tuple, got none"))
+        })?;
+        let is_same = objects.as_ptr() == group.objects.as_ptr();
+        let replaced = match is_same {
+            true => None,
+            false => Some(self.replaced(py, index, &objects)?),
+        };
+        // From here on nothing fails.
+        let config = &options.config;
+        let new = group.missing(py, config, |key, _| key.is_used(config))?;
+        if let Some(replaced) = replaced {
+            self.rebind(index, replaced);
+        }
+        self.adopt(index, new, fresh);
+        self.groups[index].options = options;
+        Ok(())
+    }
+
+    /// Another list of parameters for a group, read: as many, each of the shape and type it had.
+    fn replaced(
+        &self,
+        py: Python<'_>,
+        group: usize,
+        objects: &Bound<'_, PyAny>,
+    ) -> PyResult<Replaced> {
+        let class = objects.get_type().name()?;
+        let wrong = |_| {
+            let message = format!("params of group {group}: expected parameters, got {class}");
+            PyTypeError::new_err(message)
+        };
+        let objects = objects.try_iter().map_err(wrong)?;
+        let objects = PyTuple::new(py, objects.collect::<PyResult<Vec<_>>>()?)?;
+        let range = self.groups[group].range.clone();
+        if objects.len() != range.len() {
+            return Err(PyValueError::new_err(format!(
+                "params of group {group}: expected {}, got {}: add_param_group adds parameters",
+                range.len(),
+                objects.len()
+            )));
+        }
+        let mut replaced = Vec::new();
+        for (index, object) in range.zip(objects.iter()) {
+            let old = &self.params[index];
+            if !object.is(&old.object) {
+                let mut new = Param::new(&object, old.name.clone(), index)?;
+                new.succeed(old, py, index)?;
+                replaced.push((index, new));
+            }
+        }
+        Ok((objects.unbind(), replaced))
+    }
+
+    fn rebind(&mut self, group: usize, (objects, replaced): Replaced) {
+        for (index, new) in replaced {
+            let old = std::mem::replace(&mut self.params[index], new);
+            self.retired.push(old.object);
+            self.destinations.forget();
+            let halves = self.groups[group].halves.iter_mut();
+            halves.for_each(|half| half.flat = None);
+        }
+        self.has_foreign = self.params.iter().any(|param| param.source.is_foreign());
+        let old = std::mem::replace(&mut self.groups[group].objects, objects);
+        self.retired.push(old.into_any());
+    }
+
+    /// Takes state that a group was missing, and notes what it was.
+    fn adopt(&mut self, index: usize, new: NewState, fresh: &mut Fresh) {
+        for (half, new) in new.iter().enumerate() {
+            for (key, buffer) in StateKey::ALL.into_iter().zip(new) {
+                fresh.extend(buffer.as_ref().map(|_| (index, half, key)));
+            }
+        }
+        let group = &mut self.groups[index];
+        if group.adopt(new) {
+            group.place(&mut self.params[group.range.clone()]);
+            self.destinations.forget();
+        }
+    }
+
+    /// Lets go of state that a step had created and did not use.
+    fn take_back(&mut self, fresh: &Fresh) {
+        for &(index, half, key) in fresh {
+            let group = &mut self.groups[index];
+            group.halves[half].state[key as usize] = None;
+            group.options.forget();
+            group.place(&mut self.params[group.range.clone()]);
+            self.destinations.forget();
+        }
+    }
+
+    /// Takes the gradients, and what else of the parameters can only be read after Python code has
+    /// run.
+    fn collect(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<()> {
+        self.is_holding = true;
+        for group in &mut self.groups {
+            if let Grads::Attributes = grads {
+                group.settle_mode(&self.steps);
+            }
+            if group.is_flat {
+                continue;
+            }
+            for index in group.range.clone() {
+                let param = &mut self.params[index];
+                let object = grads.of(py, param, index)?;
+                let gradient = Gradient::of(&object).map_err(|refusal| {
+                    let culprit = param.culprit("gradient", index);
+                    refusal.raise(culprit, &param.describe(py), &object)
+                })?;
+                self.gradients[index] = gradient;
+            }
+        }
+        // After the gradients, for making those may replace a parameter.
+        let foreign = self.params.iter_mut().enumerate();
+        for (index, param) in foreign.filter(|(_, param)| param.source.is_foreign()) {
+            let is_written = !matches!(self.gradients[index], Gradient::None);
+            if let Err(refusal) = param.source.renew(py)
+                && is_written
+            {
+                let culprit = param.culprit("parameter", index);
+                return Err(refusal.raise(culprit, WANTED, param.object.bind(py)));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_and_run(
+        &mut self,
+        py: Python<'_>,
+        items: Option<&Py<PyAny>>,
+        options: &Values,
+    ) -> Result<Verdict, Refused> {
+        let Contents {
+            groups,
+            params,
+            steps,
+            stepped,
+            destinations,
+            batch,
+            gradients,
+            retired,
+            held,
+            ..
+        } = self;
+        let mut check = Check {
+            groups,
+            params,
+            steps,
+            stepped,
+            destinations,
+            gradients,
+            retired,
+        };
+        let crew = Crew {
+            allowed: options.threads(),
+            lender: None,
+            is_apart: true,
+        };
+        step::run(py, &crew, &options.clipping, None, |quiet| {
+            let items = items.map(|items| Lent::of(quiet, items));
+            let work = check.all(quiet, batch.open(), items)?;
+            if step::is_long(&work) {
+                check.hold(quiet, items, held);
+            }
+            Ok((work, || ()))
+        })
+    }
+
+    /// Draws the consequences of a step.
+    fn conclude(&mut self, py: Python<'_>, verdict: &Verdict) -> PyResult<()> {
+        match verdict.outcome {
+            Outcome::Update => {
+                for (step, stepped) in self.steps.iter_mut().zip(&self.stepped) {
+                    *step = step.saturating_add(u64::from(*stepped));
+                }
+                self.tell_autograd(py)
+            }
+            Outcome::Skip => Ok(()),
+            Outcome::Raise {
+                index,
+                element,
+                found,
+            } => Err(self.nonfinite(index, element, found)),
+        }
+    }
+
+    /// Tells torch that its tensors were written in place, so that a backward pass through what
+    /// they were raises instead of computing something else.
+    fn tell_autograd(&self, py: Python<'_>) -> PyResult<()> {
+        if !self.has_foreign {
+            return Ok(());
+        }
+        let is_torchs = |param: &&Param| {
+            let class = param.object.bind(py).get_type();
+            matches!(param.source, Source::Exchange(_))
+                && class
+                    .module()
+                    .is_ok_and(|name| name.to_string().starts_with("torch"))
+        };
+        let updated = self.params.iter().zip(&self.stepped);
+        let updated = updated
+            .filter(|(_, stepped)| **stepped)
+            .map(|(param, _)| param);
+        let tensors: Vec<_> = updated
+            .filter(is_torchs)
+            .map(|param| &param.object)
+            .collect();
+        if !tensors.is_empty() {
+            let graph = py.import(intern!(py, "torch.autograd.graph"))?;
+            graph.call_method1(intern!(py, "increment_version"), (tensors,))?;
+        }
+        Ok(())
+    }
+
+    /// The error for a gradient that is not finite. A piece may be several parameters that lie next
+    /// to each other.
+    fn nonfinite(&self, mut index: usize, mut element: usize, found: f64) -> PyErr {
+        let dtype = self.params[index].dtype;
+        while element >= self.params[index].numel {
+            let mut others = index + 1..self.params.len();
+            let Some(next) = others.find(|&next| self.params[next].dtype == dtype) else {
+                break;
+            };
+            element -= self.params[index].numel;
+            index = next;
+        }
+        let culprit = self.params[index].culprit("gradient", index);
+        let found = found.to_string().to_lowercase();
+        PyFloatingPointError::new_err(format!(
+            "{culprit}: expected finite values, got {found} at element {element}"
+        ))
+    }
+
+    /// The error for what was refused. Runs Python code.
+    fn raise(&self, py: Python<'_>, items: Option<&Py<PyAny>>, refused: Refused) -> PyErr {
+        match refused {
+            Refused::Parameter(index, refusal) => {
+                let param = &self.params[index];
+                let culprit = param.culprit("parameter", index);
+                let wanted = param.describe(py);
+                refusal.raise(culprit, &wanted, param.object.bind(py))
+            }
+            Refused::Gradient(index, refusal) => {
+                let param = &self.params[index];
+                let object = match (&self.gradients[index], items) {
+                    (Gradient::Held(source), _) => Some(source.object(py)),
+                    (_, Some(items)) => items.bind(py).get_item(index).ok(),
+                    _ => None,
+                };
+                let object = object.unwrap_or_else(|| py.None().into_bound(py));
+                refusal.raise(
+                    param.culprit("gradient", index),
+                    &param.describe(py),
+                    &object,
+                )
+            }
+            Refused::Clash(clash) => self.destinations.raise(&self.params, &clash),
+            Refused::State(index) => {
+                let wanted = "expected the optimizer's own arrays";
+                let found = "got one that was resized or given other memory";
+                PyValueError::new_err(format!("state of group {index}: {wanted}, {found}"))
+            }
+            Refused::Collect => has_changed("gradients"),
+            Refused::OutOfMemory => {
+                PyMemoryError::new_err("not enough memory to check whether arrays overlap")
+            }
+        }
+    }
+
+    /// Lets go of what a step held.
+    fn release(&mut self) {
+        if std::mem::take(&mut self.is_holding) {
+            let gradients = self.gradients.iter_mut();
+            gradients.for_each(|gradient| *gradient = Gradient::default());
+            let params = self.params.iter_mut();
+            params.for_each(|param| param.source.release());
+        }
+        self.retired.clear();
+        self.held.clear();
+    }
+
+    fn state_array<'py>(
+        &self,
+        py: Python<'py>,
+        index: usize,
+        key: StateKey,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let group = &self.groups[self.group_of(index)?];
+        let param = &self.params[index];
+        let half = &group.halves[half_of(param.dtype)];
+        match &half.state[key as usize] {
+            Some(buffer) => Ok(buffer.view(py, param)?.into_any()),
+            None => Err(PyKeyError::new_err(key.name())),
+        }
+    }
+
+    fn restore(
+        &mut self,
+        py: Python<'_>,
+        entries: &[(usize, Bound<'_, PyDict>)],
+        dicts: &Bound<'_, PyList>,
+        options: Option<&[Bound<'_, PyDict>]>,
+    ) -> PyResult<()> {
+        // All that can fail first: reading what is given, and making room.
+        let mut wanted = Vec::new();
+        let mut values = Vec::new();
+        let mut steps = Vec::new();
+        for (index, entry) in entries {
+            let group = self.group_of(*index)?;
+            for (name, value) in entry.iter() {
+                let name: String = name.extract()?;
+                match StateKey::named(&name) {
+                    Some(key) => {
+                        wanted.push((group, key, self.params[*index].dtype));
+                        values.push((*index, key, value));
+                    }
+                    None => steps.push((*index, value.extract::<u64>()?)),
+                }
+            }
+        }
+        let mut new = Vec::new();
+        for (index, group) in self.groups.iter().enumerate() {
+            let is_wanted = |key, dtype| wanted.contains(&(index, key, dtype));
+            new.push(group.missing(py, &group.options.config, is_wanted)?);
+        }
+        for (index, new) in new.into_iter().enumerate() {
+            self.adopt(index, new, &mut Fresh::new());
+        }
+        let mut pairs = Vec::new();
+        for (index, key, value) in values {
+            pairs.push((self.state_array(py, index, key)?, value));
+        }
+        // No signal is heard from here to the end.
+        for (dict, new) in dicts.iter().zip(options.unwrap_or_default()) {
+            dict.cast::<PyDict>()?.update(new.as_mapping())?;
+        }
+        for (array, value) in pairs {
+            array.set_item(py.Ellipsis(), value)?;
+        }
+        for (index, step) in steps {
+            self.steps[index] = step;
+        }
+        Ok(())
+    }
+
+    /// Adds groups, all or none.
+    fn add_groups(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
+        let (first_group, first) = (self.groups.len(), self.params.len());
+        let added = self.add_groups_or_fail(py, groups);
+        // What was added may have moved, or be gone again.
+        self.destinations.forget();
+        if added.is_err() {
+            self.groups.truncate(first_group);
+            self.params.truncate(first);
+        }
+        self.has_foreign = self.params.iter().any(|param| param.source.is_foreign());
+        self.steps.resize(self.params.len(), 0);
+        self.stepped.resize(self.params.len(), false);
+        self.gradients
+            .resize_with(self.params.len(), Gradient::default);
+        self.release();
+        added
+    }
+
+    fn add_groups_or_fail(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
+        let (first, old) = (self.groups.len(), self.params.len());
+        let count = groups.iter().map(|(_, names)| names.len()).sum::<usize>();
+        check_room((old + count).saturating_mul(BYTES_A_PARAMETER))?;
+        for (dict, names) in groups {
+            let place = format!(" of group {}", self.groups.len());
+            let options = GroupOptions::read(Front::Arrays, dict, &place)?;
+            let is_contiguous = is_contiguous(dict)?;
+            let missing =
+                || PyValueError::new_err(format!("params{place}: expected a tuple, got none"));
+            let objects = dict.get_item(intern!(py, "params"))?.ok_or_else(missing)?;
+            let objects = objects.cast_into::<PyTuple>()?;
+            let start = self.params.len();
+            self.add_params(&objects, names, is_contiguous)?;
+            let params = &mut self.params[start..];
+            let objects = objects.unbind();
+            let group = Group::new(py, options, objects, is_contiguous, start, params)?;
+            self.groups.push(group);
+        }
+        let numel = self.params.iter().map(|param| param.numel).sum();
+        let room = self.batch.reserve(self.params.len(), numel);
+        room.map_err(|_| Error::OutOfMemory { elements: numel })?;
+        // The others may have moved since they were last looked at. Whatever is wrong with one is a
+        // matter of the step that writes it.
+        self.is_holding = true;
+        for param in &mut self.params[..old] {
+            let _ = param.source.renew(py);
+        }
+        let Contents {
+            groups,
+            params,
+            destinations,
+            retired,
+            ..
+        } = self;
+        let checked = Quiet::during(py, |quiet| {
+            for param in &mut params[..old] {
+                param.refresh_unwritten(quiet, retired);
+            }
+            destinations.check(params, state_extents(groups))
+        });
+        checked.map_err(|refused| self.raise(py, None, refused))?;
+        flatten(
+            py,
+            &mut self.groups[first..],
+            &mut self.params,
+            &mut self.retired,
+        )
+    }
+
+    fn add_params(
+        &mut self,
+        objects: &Bound<'_, PyTuple>,
+        names: &Bound<'_, PyList>,
+        is_contiguous: bool,
+    ) -> PyResult<()> {
+        let mut places: HashMap<usize, usize> = HashMap::new();
+        let mut taken: HashMap<String, usize> = HashMap::new();
+        for (index, param) in self.params.iter().enumerate() {
+            places.insert(param.object.as_ptr() as usize, index);
+            taken.extend(param.name.clone().map(|name| (name, index)));
+        }
+        for (object, name) in objects.iter().zip(names.iter()) {
+            let name: Option<String> = name.extract()?;
+            let index = self.params.len();
+            let param = Param::new(&object, name.clone(), index)?;
+            let refuse = |wanted: &str| {
+                let culprit = param.culprit("parameter", index);
+                Err(PyValueError::new_err(format!("{culprit}{wanted}")))
+            };
+            if let Some(&twin) = places.get(&(object.as_ptr() as usize)) {
+                let twin = self.params[twin].culprit("parameter", twin);
+                return refuse(&format!(
+                    " overlaps {twin}: expected each parameter once, got the same object"
+                ));
+            }
+            if (self.params.first()).is_some_and(|other| other.name.is_some() != name.is_some()) {
+                return refuse(": expected names for all parameters or for none");
+            }
+            if let Some(twin) = name.as_ref().and_then(|name| taken.get(name)) {
+                return refuse(&format!(
+                    ": expected a name of its own, got that of parameter {twin}"
+                ));
+            }
+            if is_contiguous && !matches!(param.source, Source::Parameter(..)) {
+                let class = object.get_type().name()?;
+                return refuse(&format!(
+                    ": expected, with contiguous_params, a Parameter, which can be moved, got {class}"
+                ));
+            }
+            places.insert(object.as_ptr() as usize, index);
+            taken.extend(name.clone().map(|name| (name, index)));
+            self.params.push(param);
+        }
+        Ok(())
+    }
+}
+
+/// The optimizer's own arrays, for the search for overlaps.
+fn state_extents(groups: &[Group]) -> Vec<(String, Extent)> {
+    let groups = groups.iter().enumerate();
+    groups
+        .flat_map(|(index, group)| group.state_extents(index))
+        .collect()
+}
+
+/// The second part of a step: looks at all memory as it is now, and makes it work for the kernel.
+/// Nothing is written.
+struct Check<'x> {
+    groups: &'x [Group],
+    params: &'x mut [Param],
+    steps: &'x [u64],
+    stepped: &'x mut [bool],
+    destinations: &'x mut Destinations,
+    gradients: &'x [Gradient],
+    retired: &'x mut Vec<Py<PyAny>>,
+}
+
+impl Check<'_> {
+    /// All groups. `items` are the list or tuple of gradients that was given.
+    fn all<'w>(
+        &mut self,
+        quiet: &Quiet<'_>,
+        mut work: Work<'w, 'w>,
+        items: Option<Lent<'_>>,
+    ) -> Result<Work<'w, 'w>, Refused> {
+        let mut groups = self.groups.iter();
+        if let Some(index) = groups.position(|group| !group.has_its_memory(quiet)) {
+            return Err(Refused::State(index));
+        }
+        // As a rule nothing has moved since the last step. If something has, the overlaps are
+        // searched for anew, and then once more everything is looked at.
+        loop {
+            for group in self.groups {
+                self.group(quiet, &mut work, group, items)?;
+            }
+            if self.destinations.is_checked() {
+                return Ok(work);
+            }
+            self.destinations
+                .check(self.params, state_extents(self.groups))?;
+            work.clear();
+        }
+    }
+
+    /// A group. Nothing of it is made work once something has moved.
+    fn group(
+        &mut self,
+        quiet: &Quiet<'_>,
+        work: &mut Work<'_, '_>,
+        group: &Group,
+        items: Option<Lent<'_>>,
+    ) -> Result<(), Refused> {
+        let mut rules = RuleCache::default();
+        if group.is_flat {
+            self.flat(work, group, &mut rules);
+            return Ok(());
+        }
+        let config = &group.options.config;
+        for index in group.range.clone() {
+            let gradient = self.gradients[index].now(quiet, items, index);
+            let param = &mut self.params[index];
+            self.stepped[index] = !matches!(gradient, GradientNow::None);
+            let has_moved = match gradient {
+                GradientNow::None => param.refresh_unwritten(quiet, self.retired),
+                GradientNow::Unknown => return Err(Refused::Collect),
+                _ => param
+                    .refresh(quiet, self.retired)
+                    .map_err(|refusal| Refused::Parameter(index, refusal))?,
+            };
+            if has_moved {
+                self.destinations.forget();
+            }
+            if !self.stepped[index] || !self.destinations.is_checked() {
+                continue;
+            }
+            let rule = rules.get(work, param.dtype, config, self.steps[index]);
+            match param.simple_pair(quiet, gradient) {
+                Some(pair) => self.push_simple(work, index, pair, rule)?,
+                None => self.push(quiet, work, index, gradient, rule)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The parameters of a group, and their gradients, as flat buffers.
+    #[allow(unsafe_code)]
+    fn flat(&mut self, work: &mut Work<'_, '_>, group: &Group, rules: &mut RuleCache) {
+        self.stepped[group.range.clone()].fill(true);
+        for (half, dtype) in group.halves.iter().zip(DTYPES) {
+            let mut members = group.range.clone();
+            let first = members.find(|&index| self.params[index].dtype == dtype);
+            let flat = half
+                .flat
+                .as_ref()
+                .and_then(|flat| Some((&flat.data, flat.grad.as_ref()?)));
+            let (Some(first), Some((data, grad))) = (first, flat) else {
+                continue;
+            };
+            let [v, m, b] = half.addresses();
+            let arrays = [data.address(), grad.address(), v, m, b];
+            let piece = Piece {
+                arrays: arrays.map(|address| address as *mut u8),
+                numel: half.numel,
+                index: first as u32,
+                rule: rules.get(work, dtype, &group.options.config, self.steps[first]),
+                form: Piece::DENSE,
+            };
+            // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were found
+            // where they were; they have `numel` elements of this type, and no two of them are the
+            // same. The state that the options use is there since they were read.
+            unsafe { work.push(piece) };
+        }
+    }
+
+    /// A parameter and a gradient that are walked alike, like the state.
+    #[inline]
+    #[allow(unsafe_code)]
+    fn push_simple(
+        &mut self,
+        work: &mut Work<'_, '_>,
+        index: usize,
+        [p, g]: [usize; 2],
+        rule: u32,
+    ) -> Result<(), Refused> {
+        if g != self.params[index].cleared {
+            let extent = Extent {
+                data: g,
+                ..self.params[index].extent()
+            };
+            self.destinations
+                .check_gradient(self.params, index, &extent)?;
+            self.params[index].cleared = g;
+        }
+        let param = &self.params[index];
+        let [v, m, b] = param.state;
+        let piece = Piece {
+            arrays: [p, g, v, m, b].map(|address| address as *mut u8),
+            numel: param.numel,
+            index: index as u32,
+            rule,
+            form: Piece::DENSE,
+        };
+        // SAFETY: the parameter's header says what it said when it was checked: writable, aligned,
+        // dense, of this type and shape; so does the gradient's, but for being writable. The state
+        // was made for these parameters and options, lies alike, and was found where it was. No two
+        // written arrays share an element, and the gradient shares none with them. What keeps their
+        // memory is held, or lent by who keeps it while no Python code runs.
+        unsafe { work.push(piece) };
+        Ok(())
+    }
+
+    /// Any other.
+    #[cold]
+    #[allow(unsafe_code)]
+    fn push(
+        &mut self,
+        quiet: &Quiet<'_>,
+        work: &mut Work<'_, '_>,
+        index: usize,
+        gradient: GradientNow<'_>,
+        rule: u32,
+    ) -> Result<(), Refused> {
+        let in_gradient = |refusal| Refused::Gradient(index, refusal);
+        let in_param = |refusal| Refused::Parameter(index, refusal);
+        let param = &self.params[index];
+        let g = gradient.view(quiet).map_err(in_gradient)?;
+        let is_floating = !g.element.is_complex && g.shape == &param.shape[..];
+        if !is_floating {
+            let found = Box::new(g.found());
+            return Err(in_gradient(match g.element.is_complex {
+                true => Refusal::DType(found),
+                false => Refusal::Unlike(found),
+            }));
+        }
+        self.destinations
+            .check_gradient(self.params, index, &g.extent())?;
+        let read = |role: Role| match (role, role.state_key()) {
+            (Role::Parameter, _) => Some(param.source.view(quiet)),
+            (_, None) => Some(gradient.view(quiet)),
+            (_, Some(key)) => match param.state[key as usize] {
+                0 => None,
+                address => Some(param.state_view(quiet, address)),
+            },
+        };
+        let row = row::check(read).map_err(|(role, refusal)| match role {
+            Role::Gradient => in_gradient(refusal),
+            _ => in_param(refusal),
+        })?;
+        // SAFETY: what keeps their memory is held, or lent by who keeps it while no Python code runs;
+        // no two written arrays of the optimizer share an element.
+        unsafe { row.push(work, index, rule) };
+        self.params[index].cleared = 0;
+        Ok(())
+    }
+
+    /// Takes references to what a step uses while other threads run.
+    fn hold(&self, quiet: &Quiet<'_>, items: Option<Lent<'_>>, held: &mut Vec<Py<PyAny>>) {
+        for group in self.groups.iter().filter(|group| !group.is_flat) {
+            for index in group.range.clone() {
+                let gradient = self.gradients[index].now(quiet, items, index);
+                held.extend(gradient.hold(quiet));
+                held.extend(self.params[index].source.hold(quiet));
+            }
+        }
+    }
+}

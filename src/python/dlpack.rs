@@ -1,0 +1,510 @@
+//! DLPack 1.x: the C structures, capsules and the C exchange API.
+//!
+//! A library's C functions are trusted to do what the specification says; what its tensors say is
+//! not, but that as many lengths are there as it has dimensions.
+//!
+//! Source: dmlc/dlpack v1.3, `include/dlpack/dlpack.h`, and the Python specification beside it.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
+
+use pyo3::exceptions::{
+    PyAttributeError, PyBufferError, PyRuntimeError, PyTypeError, PyValueError,
+};
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::{ffi, intern};
+
+use super::view::{Access, Element, Found, FoundType, Lent, Quiet, Refusal, View, class_name};
+use crate::kernel::DType;
+use crate::kernel::stage::MAX_DIMS;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Device {
+    kind: i32,
+    id: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DataType {
+    code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+impl Device {
+    /// Host memory; the pinned kinds are ordinary memory to a CPU.
+    fn is_host(self) -> bool {
+        matches!(self.kind, 1 | 3 | 11)
+    }
+
+    pub fn name(self) -> String {
+        let name = match self.kind {
+            2 => "cuda",
+            4 => "opencl",
+            7 => "vulkan",
+            8 => "metal",
+            10 => "rocm",
+            13 => "cuda_managed",
+            14 => "oneapi",
+            kind => return format!("DLPack device type {kind}, id {}", self.id),
+        };
+        format!("{name}:{}", self.id)
+    }
+}
+
+impl DataType {
+    /// The element type that it is, if a step knows it.
+    #[inline]
+    fn element(self) -> Option<Element> {
+        match (self.code, self.bits, self.lanes) {
+            (2, 32, 1) => Some(Element::real(DType::F32)),
+            (2, 64, 1) => Some(Element::real(DType::F64)),
+            (2, 16, 1) => Some(Element::real(DType::F16)),
+            (4, 16, 1) => Some(Element::real(DType::BF16)),
+            (5, 64, 1) => Some(Element::complex(DType::F32)),
+            (5, 128, 1) => Some(Element::complex(DType::F64)),
+            _ => None,
+        }
+    }
+
+    pub fn name(self) -> String {
+        let DataType { code, bits, lanes } = self;
+        let base = match code {
+            0 => "int",
+            1 => "uint",
+            2 => "float",
+            4 => "bfloat",
+            5 => "complex",
+            6 => "bool",
+            _ => return format!("DLPack type code {code}, {bits} bits"),
+        };
+        let lanes = if lanes == 1 {
+            String::new()
+        } else {
+            format!("x{lanes}")
+        };
+        format!("{base}{bits}{lanes}")
+    }
+}
+
+/// `DLTensor`.
+#[repr(C)]
+struct RawTensor {
+    data: *mut c_void,
+    device: Device,
+    ndim: i32,
+    dtype: DataType,
+    shape: *const i64,
+    /// In elements; null means C-contiguous.
+    strides: *const i64,
+    byte_offset: u64,
+}
+
+/// `DLManagedTensor`, in a capsule named "dltensor".
+#[repr(C)]
+struct Legacy {
+    tensor: RawTensor,
+    manager: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut Legacy)>,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Version {
+    major: u32,
+    minor: u32,
+}
+
+/// `DLManagedTensorVersioned`, in a capsule named "dltensor_versioned".
+#[repr(C)]
+struct Versioned {
+    version: Version,
+    manager: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut Versioned)>,
+    flags: u64,
+    tensor: RawTensor,
+}
+
+const READ_ONLY: u64 = 1;
+const IS_COPIED: u64 = 2;
+const MAJOR: u32 = 1;
+
+#[repr(C)]
+struct Header {
+    version: Version,
+    previous: *const Header,
+}
+
+/// `DLPackExchangeAPI`. Only the borrowed read is used here.
+#[repr(C)]
+struct ExchangeTable {
+    header: Header,
+    managed_allocator: *const c_void,
+    managed_from_object: *const c_void,
+    managed_to_object: *const c_void,
+    tensor_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut RawTensor) -> c_int>,
+    current_work_stream: *const c_void,
+}
+
+const _: () = if cfg!(target_pointer_width = "64") {
+    assert!(size_of::<RawTensor>() == 48 && size_of::<Legacy>() == 64);
+    assert!(size_of::<Versioned>() == 80 && size_of::<ExchangeTable>() == 56);
+};
+
+impl RawTensor {
+    /// Its number of dimensions, if it has no more than there may be lengths to read.
+    #[inline(always)]
+    fn ndim(&self) -> Result<usize, Refusal> {
+        match usize::try_from(self.ndim) {
+            Ok(ndim) if ndim <= MAX_DIMS => Ok(ndim),
+            _ => Err(Refusal::Dimensions(self.ndim.into())),
+        }
+    }
+
+    /// # Safety
+    /// The tensor is filled in: its shape, and its strides if they are not null, are as many lengths
+    /// as it has dimensions, and stay as they are in `'q`. So does `strides`, which stands for null.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn view<'q>(
+        &self,
+        strides: Option<&'q [i64]>,
+        access: Access,
+    ) -> Result<View<'q>, Refusal> {
+        if !self.device.is_host() {
+            return Err(Refusal::Device(self.device));
+        }
+        let ndim = self.ndim()?;
+        let lens = |lens: *const i64| match (ndim, lens.is_null()) {
+            (0, true) => Some(&[][..]),
+            (_, true) => None,
+            // SAFETY: by the contract above.
+            (_, false) => Some(unsafe { std::slice::from_raw_parts(lens, ndim) }),
+        };
+        let shape = lens(self.shape).ok_or(Refusal::Shape)?;
+        let Some(element) = self.dtype.element() else {
+            return Err(Refusal::DType(Box::new(Found {
+                dtype: FoundType::DLPack(self.dtype),
+                shape: shape.into(),
+            })));
+        };
+        let strides = lens(self.strides).or(strides).ok_or(Refusal::Unreadable)?;
+        let data = match self.data as usize {
+            0 => 0,
+            data => data.wrapping_add(self.byte_offset as usize),
+        };
+        View::new(data, element, shape, strides, element.size(), access)
+    }
+}
+
+/// A type's DLPack C exchange API: reads a tensor of that very type without a capsule.
+pub(crate) struct Exchange {
+    /// Never followed.
+    class: *mut ffi::PyTypeObject,
+    table: NonNull<ExchangeTable>,
+}
+
+// SAFETY: the table is constant and lives as long as the process; its functions are called with the
+// GIL held.
+#[allow(unsafe_code)]
+unsafe impl Send for Exchange {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Exchange {}
+
+impl Exchange {
+    /// The table that the object's type offers, if it does and if it may be used on this object.
+    ///
+    /// Subclasses inherit the attribute without its meaning (a DTensor or a FakeTensor is not its
+    /// own storage), so the class that defines it must be the object's own; `torch.nn.Parameter` is
+    /// the one subclass known to be a plain tensor.
+    pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Exchange>> {
+        /// The types that were seen to offer one. The lock is taken with the GIL held and nothing
+        /// that might give the GIL away is done under it.
+        static KNOWN: Mutex<Vec<(Py<PyWeakrefReference>, Exchange)>> = Mutex::new(Vec::new());
+        let py = object.py();
+        let class = object.get_type();
+        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_it = |(kept, exchange): &&(Py<PyWeakrefReference>, Exchange)| {
+            exchange.class == class.as_type_ptr() && kept.bind(py).upgrade().is_some()
+        };
+        if let Some((_, found)) = known().iter().find(is_it) {
+            return Ok(Some(found.copied()));
+        }
+        let found = Exchange::find(&class)?;
+        if let Some(found) = &found {
+            let kept = PyWeakrefReference::new(&class)?.unbind();
+            let mut known = known();
+            let (alive, dead) = std::mem::take(&mut *known)
+                .into_iter()
+                .partition(|(kept, _)| kept.bind(py).upgrade().is_some());
+            *known = alive;
+            known.push((kept, found.copied()));
+            drop(known);
+            drop::<Vec<_>>(dead);
+        }
+        Ok(found)
+    }
+
+    fn copied(&self) -> Self {
+        Exchange { ..*self }
+    }
+
+    /// The table that this very class offers; `torch.nn.Parameter` may use its base's.
+    #[allow(unsafe_code)]
+    pub fn find(class: &Bound<'_, PyType>) -> PyResult<Option<Exchange>> {
+        let py = class.py();
+        let name = intern!(py, "__dlpack_c_exchange_api__");
+        let Ok(capsule) = class.getattr(name) else {
+            return Ok(None);
+        };
+        let Ok(capsule) = capsule.cast_into::<PyCapsule>() else {
+            return Ok(None);
+        };
+        let owner = class.mro().iter().position(|base| {
+            base.getattr(intern!(py, "__dict__"))
+                .and_then(|dict| dict.contains(name))
+                .unwrap_or(false)
+        });
+        let is_torch_parameter = || {
+            class
+                .fully_qualified_name()
+                .is_ok_and(|name| name == "torch.nn.parameter.Parameter")
+        };
+        if owner != Some(0) && !(owner == Some(1) && is_torch_parameter()) {
+            return Ok(None);
+        }
+        let Ok(table) = capsule.pointer_checked(Some(c"dlpack_exchange_api")) else {
+            return Ok(None);
+        };
+        let mut header = table.cast::<Header>().as_ptr().cast_const();
+        // SAFETY: the specification makes the capsule's pointer a table that begins with this
+        // header, chained to older tables or null, all alive as long as the process; a table of our
+        // major version has our layout. The borrowed read is optional.
+        let can_read = unsafe {
+            while !header.is_null() && (*header).version.major != MAJOR {
+                header = (*header).previous;
+            }
+            let table = header.cast::<ExchangeTable>().as_ref();
+            table.is_some_and(|table| table.tensor_from_object.is_some())
+        };
+        let table = NonNull::new(header.cast_mut().cast()).filter(|_| can_read);
+        let class = class.as_type_ptr();
+        Ok(table.map(|table| Exchange { class, table }))
+    }
+
+    /// Whether objects of a type can be read.
+    #[inline]
+    pub fn is_of(&self, class: *mut ffi::PyTypeObject) -> bool {
+        self.class == class
+    }
+
+    /// Reads a tensor. The memory is the object's: who uses it any longer keeps the object.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub fn view<'q>(&self, quiet: &'q Quiet<'_>, object: Lent<'q>) -> Result<View<'q>, Refusal> {
+        // An object's class may be assigned.
+        if !self.is_of(object.class()) {
+            return Err(Refusal::Unreadable);
+        }
+        let mut raw = std::mem::MaybeUninit::<RawTensor>::uninit();
+        // SAFETY: the function is there, as `find` saw, and the object is of the table's type. On
+        // success the tensor is filled in; its lengths are the object's, and no Python code runs.
+        unsafe {
+            let function = self.table.as_ref().tensor_from_object;
+            let failed =
+                function.is_none_or(|read| read(object.as_ptr().cast(), raw.as_mut_ptr()) != 0);
+            if failed {
+                drop(PyErr::take(quiet.py()));
+                return Err(Refusal::Unreadable);
+            }
+            raw.assume_init_ref().view(None, Access::Writable)
+        }
+    }
+}
+
+/// A tensor that came in a capsule; its memory is released when it is dropped.
+pub(crate) struct Managed {
+    handle: Handle,
+    access: Access,
+    /// Where the producer gives no strides: those of C order.
+    strides: Option<Box<[i64]>>,
+}
+
+enum Handle {
+    Legacy(NonNull<Legacy>),
+    Versioned(NonNull<Versioned>),
+}
+
+// SAFETY: the tensor is a handle; the specification lets its deleter run on any thread.
+#[allow(unsafe_code)]
+unsafe impl Send for Managed {}
+// SAFETY: it is only read.
+#[allow(unsafe_code)]
+unsafe impl Sync for Managed {}
+
+impl Handle {
+    #[allow(unsafe_code)]
+    fn tensor(&self) -> &RawTensor {
+        // SAFETY: the handle was taken from a capsule whose name says what it holds; nobody else
+        // deletes it.
+        unsafe {
+            match self {
+                Handle::Legacy(tensor) => &tensor.as_ref().tensor,
+                Handle::Versioned(tensor) => &tensor.as_ref().tensor,
+            }
+        }
+    }
+}
+
+impl Drop for Handle {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: the handle was taken from its capsule, which was renamed, so nobody else deletes
+        // it; the deleter may be missing.
+        unsafe {
+            match self {
+                Handle::Legacy(tensor) => {
+                    if let Some(deleter) = tensor.as_ref().deleter {
+                        deleter(tensor.as_ptr());
+                    }
+                }
+                Handle::Versioned(tensor) => {
+                    if let Some(deleter) = tensor.as_ref().deleter {
+                        deleter(tensor.as_ptr());
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Managed {
+    /// Checks that it is one that a step can use.
+    fn new(handle: Handle, access: Access) -> Result<Self, Refusal> {
+        let mut managed = Managed {
+            handle,
+            access,
+            strides: None,
+        };
+        if managed.handle.tensor().strides.is_null() {
+            let ndim = managed.handle.tensor().ndim()?;
+            let ones = &[1; MAX_DIMS][..ndim];
+            let shape: Vec<i64> = managed.view_with(Some(ones))?.shape.to_vec();
+            let mut stride = 1i64;
+            let mut strides: Vec<i64> = shape
+                .iter()
+                .rev()
+                .map(|&len| {
+                    let this = stride;
+                    stride = stride.saturating_mul(len.max(1));
+                    this
+                })
+                .collect();
+            strides.reverse();
+            managed.strides = Some(strides.into());
+        }
+        managed.view_with(managed.strides.as_deref())?;
+        Ok(managed)
+    }
+
+    #[allow(unsafe_code)]
+    fn view_with<'a>(&'a self, strides: Option<&'a [i64]>) -> Result<View<'a>, Refusal> {
+        // SAFETY: a tensor in a capsule is filled in, and is its producer's no more.
+        unsafe { self.handle.tensor().view(strides, self.access) }
+    }
+
+    /// Where it is.
+    pub fn view<'q>(&'q self, _: &'q Quiet<'_>) -> Result<View<'q>, Refusal> {
+        self.view_with(self.strides.as_deref())
+    }
+}
+
+/// Imports an object through `__dlpack__`. Runs Python code.
+pub(crate) fn import(object: &Bound<'_, PyAny>) -> Result<Managed, Refusal> {
+    let py = object.py();
+    let method = object
+        .getattr(intern!(py, "__dlpack__"))
+        .map_err(|_| Refusal::NotAnArray)?;
+    if let Ok(device) = object.call_method0(intern!(py, "__dlpack_device__")) {
+        let wrong = |_| Refusal::Type("a DLPack device", class_name(&device));
+        let (kind, id) = device.extract::<(i32, i32)>().map_err(wrong)?;
+        if !(Device { kind, id }).is_host() {
+            return Err(Refusal::Device(Device { kind, id }));
+        }
+    }
+    let keywords = PyDict::new(py);
+    keywords.set_item(intern!(py, "max_version"), (1, 3))?;
+    keywords.set_item(intern!(py, "copy"), false)?;
+    let capsule = match method.call(PyTuple::empty(py), Some(&keywords)) {
+        // A producer older than DLPack 1.0 knows no keyword.
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => method.call0(),
+        result => result,
+    };
+    let capsule = capsule.map_err(|error| {
+        // torch appends to a message where in its sources it was.
+        let message = error.value(py).to_string();
+        let found = message.lines().next().unwrap_or_default();
+        let wanted = "an array that exports its memory";
+        match () {
+            _ if error.is_instance_of::<PyTypeError>(py) => Refusal::Type(wanted, found.to_owned()),
+            _ if error.is_instance_of::<PyBufferError>(py)
+                || error.is_instance_of::<PyValueError>(py)
+                || error.is_instance_of::<PyRuntimeError>(py) =>
+            {
+                Refusal::Value(wanted, found.to_owned())
+            }
+            _ => Refusal::from(error),
+        }
+    })?;
+    let capsule = capsule
+        .cast_into::<PyCapsule>()
+        .map_err(|error| Refusal::Type("a DLPack capsule", class_name(&error.into_inner())))?;
+    take(&capsule)
+}
+
+/// Takes the tensor out of a capsule, as the specification says: the capsule is renamed, so it is
+/// used only once.
+#[allow(unsafe_code)]
+fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Managed, Refusal> {
+    let pointer = |name: &CStr| capsule.pointer_checked(Some(name)).ok();
+    let rename = |name: &'static CStr| {
+        // SAFETY: the object is a capsule and the name is static.
+        unsafe { ffi::PyCapsule_SetName(capsule.as_ptr(), name.as_ptr()) };
+    };
+    if let Some(found) = pointer(c"dltensor_versioned") {
+        rename(c"used_dltensor_versioned");
+        let found = found.cast::<Versioned>();
+        let handle = Handle::Versioned(found);
+        // SAFETY: a capsule of that name holds this structure; its version and its flags are valid
+        // in all of them.
+        let (version, flags) = unsafe { (found.as_ref().version, found.as_ref().flags) };
+        if version.major != MAJOR {
+            let found = format!("version {}", version.major);
+            return Err(Refusal::Value("a DLPack 1.x capsule", found));
+        }
+        let access = match flags {
+            flags if flags & IS_COPIED != 0 => Access::Copy,
+            flags if flags & READ_ONLY != 0 => Access::ReadOnly,
+            _ => Access::Writable,
+        };
+        return Managed::new(handle, access);
+    }
+    let Some(found) = pointer(c"dltensor") else {
+        let found = "a capsule that is none, or was used".into();
+        return Err(Refusal::Value("a DLPack capsule", found));
+    };
+    rename(c"used_dltensor");
+    Managed::new(Handle::Legacy(found.cast()), Access::Legacy)
+}
+
+/// Whether an object of this type could be a tensor at all.
+pub(crate) fn has_dlpack(class: &Bound<'_, PyType>) -> bool {
+    !class
+        .getattr(intern!(class.py(), "__dlpack__"))
+        .is_err_and(|error| error.is_instance_of::<PyAttributeError>(class.py()))
+}

@@ -1,0 +1,172 @@
+//! The arrays of one parameter, checked against each other: the last look before they are written.
+
+use super::view::{Refusal, View};
+use crate::kernel::batch::{Piece, Work};
+use crate::kernel::stage::{Dim, Form};
+use crate::kernel::{DType, ROLES, Role};
+
+/// Parameter, gradient and state of one type and shape, which a step may write.
+pub(crate) struct Row {
+    /// The compute type.
+    pub dtype: DType,
+    /// Real numbers: complex ones are pairs.
+    pub numel: usize,
+    /// By [`Role`]; 0 for those that are not used.
+    addresses: [usize; ROLES],
+    /// None if all are dense, of the compute type, and walked alike.
+    form: Option<Form>,
+}
+
+/// Checks what `read` finds of each [`Role`]; None is state that is not used.
+///
+/// # Errors
+/// The role of the array that does not fit, and why.
+#[inline(always)]
+pub(crate) fn check<'q>(
+    read: impl Fn(Role) -> Option<Result<View<'q>, Refusal>>,
+) -> Result<Row, (Role, Refusal)> {
+    let p = match read(Role::Parameter) {
+        Some(Ok(p)) => p,
+        Some(Err(refusal)) => return Err((Role::Parameter, refusal)),
+        None => return Err((Role::Parameter, Refusal::NotAnArray)),
+    };
+    if !p.element.is_compute_type() {
+        let found = Box::new(p.found());
+        return Err((Role::Parameter, Refusal::DType(found)));
+    }
+    if let Err(refusal) = p.check_writable() {
+        return Err((Role::Parameter, refusal));
+    }
+    let dtype = p.element.dtype;
+    let numel = p.numel();
+    let bytes = numel * dtype.size();
+    let mut addresses = [p.data, 0, 0, 0, 0];
+    let mut is_alike = p.is_dense();
+    for role in &Role::ALL[1..] {
+        let view = match read(*role) {
+            Some(Ok(view)) => view,
+            Some(Err(refusal)) => return Err((*role, refusal)),
+            None => continue,
+        };
+        if let Err(refusal) = check_like(*role, &view, &p) {
+            return Err((*role, refusal));
+        }
+        is_alike &= view.element == p.element
+            && view.is_aligned
+            && view.is_walked_like(&p)
+            && addresses
+                .iter()
+                .all(|&other| view.data.abs_diff(other) >= bytes);
+        addresses[*role as usize] = view.data;
+    }
+    let form = match is_alike {
+        true => None,
+        false => Some(form_of(&p, &read)?),
+    };
+    Ok(Row {
+        dtype,
+        numel,
+        addresses,
+        form,
+    })
+}
+
+/// That an array has the shape of its parameter, and the type that it must have.
+#[inline(always)]
+fn check_like(role: Role, view: &View<'_>, p: &View<'_>) -> Result<(), Refusal> {
+    let is_like = match role {
+        // Rounded as it is read.
+        Role::Gradient => view.element.is_complex == p.element.is_complex,
+        _ => view.element == p.element,
+    };
+    if !is_like {
+        return Err(Refusal::DType(Box::new(view.found())));
+    }
+    if !view.is_shaped_like(p) {
+        return Err(Refusal::Unlike(Box::new(view.found())));
+    }
+    match role.is_written() {
+        true => view.check_writable(),
+        false => Ok(()),
+    }
+}
+
+/// The form of arrays that do not all lie alike. They may not share an element where one is written.
+#[cold]
+fn form_of<'q>(
+    p: &View<'q>,
+    read: impl Fn(Role) -> Option<Result<View<'q>, Refusal>>,
+) -> Result<Form, (Role, Refusal)> {
+    let views: Vec<(Role, View<'_>)> = Role::ALL
+        .into_iter()
+        .filter_map(|role| Some((role, read(role)?.ok()?)))
+        .collect();
+    for (role, view) in views.iter().filter(|(role, _)| role.is_written()) {
+        let extent = view.extent();
+        if extent.overlaps_itself() {
+            return Err((*role, Refusal::OverlapsItself));
+        }
+        let mut others = views.iter().filter(|(other, _)| other != role);
+        if let Some((other, _)) = others.find(|(_, other)| extent.overlaps(&other.extent())) {
+            return Err((*other, Refusal::Overlaps));
+        }
+    }
+    let mut dims: Vec<Dim> = p
+        .shape
+        .iter()
+        .map(|&len| Dim {
+            len: len as usize,
+            strides: [0; ROLES],
+        })
+        .collect();
+    let mut dtypes = [p.element.dtype; ROLES];
+    for (role, view) in &views {
+        dtypes[*role as usize] = view.element.dtype;
+        for (dim, stride) in dims.iter_mut().zip(view.strides()) {
+            dim.strides[*role as usize] = stride;
+        }
+    }
+    if p.is_dense() {
+        // In the order of the parameter's memory, as on the dense path: the norm of the gradients
+        // adds up in that order.
+        dims.retain(|dim| dim.len != 1);
+        dims.sort_by_key(|dim| std::cmp::Reverse(dim.strides[0]));
+    }
+    if p.element.is_complex {
+        dims.push(Dim {
+            len: 2,
+            strides: dtypes.map(|dtype| dtype.size() as isize),
+        });
+    }
+    let is_gradient = |(role, _): &&(Role, View<'_>)| *role == Role::Gradient;
+    let is_aligned = views
+        .iter()
+        .find(is_gradient)
+        .is_none_or(|(_, g)| g.is_aligned);
+    Ok(Form::new(p.element.dtype, dtypes, is_aligned, dims))
+}
+
+impl Row {
+    /// Makes it work for the kernel, by the rule of that index, which is of its type.
+    ///
+    /// # Safety
+    /// What keeps the memory of the views that were checked outlives the work, and nobody else
+    /// touches it meanwhile. No other row shares an element with one that is written, unless the
+    /// work is done by the caller alone.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub unsafe fn push(self, work: &mut Work<'_, '_>, index: usize, rule: u32) {
+        let form = self.form.map_or(Piece::DENSE, |form| work.push_form(form));
+        let piece = Piece {
+            arrays: self.addresses.map(|address| address as *mut u8),
+            numel: self.numel,
+            index: index as u32,
+            rule,
+            form,
+        };
+        // SAFETY: `check` found that the arrays are host memory of one shape, aligned, writable and of
+        // the rule's type where that is asked for, in the form given, and that what is written
+        // overlaps nothing else of this row and not itself. The rest is passed on to the caller.
+        unsafe { work.push(piece) };
+    }
+}
