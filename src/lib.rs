@@ -36,7 +36,7 @@
 //!
 //! # Features
 //!
-//! `rayon` (default): steps on several threads. `python`: the extension module of the Python
+//! `threads` (default): steps on several threads. `python`: the extension module of the Python
 //! package.
 
 #![deny(missing_docs, unsafe_code)]

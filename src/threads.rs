@@ -8,7 +8,9 @@
 //! it does not have, and makes its own. The caller hands it a job and claims chunks itself; once they
 //! are all claimed it closes the job and waits only for the workers that had entered. A worker that
 //! comes late finds the job closed and touches nothing. (rayon's `in_place_scope` waits for those
-//! that nobody has begun as well: milliseconds where another thread spins on the worker's core.)
+//! that nobody has begun as well: milliseconds where another thread spins on the worker's core. Its
+//! `spawn` does not, but its workers yield 32 times before they sleep, which Linux counts as time that
+//! was used: beside BLAS threads that spin, every second one came too late.)
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -22,7 +24,7 @@ pub(crate) const SERIAL_BYTES: usize = 640 << 10;
 const SERIAL_BYTES_ASLEEP: usize = 8 << 20;
 
 /// Threads that somebody else owns.
-#[cfg_attr(not(feature = "rayon"), allow(dead_code))]
+#[cfg_attr(not(feature = "threads"), allow(dead_code))]
 pub(crate) trait Lender: Sync {
     /// How many there are, the calling one included.
     fn count(&self) -> usize;
@@ -36,7 +38,7 @@ pub(crate) trait Lender: Sync {
 }
 
 /// The threads of a step; dropped when it ends.
-#[cfg_attr(not(feature = "rayon"), allow(dead_code))]
+#[cfg_attr(not(feature = "threads"), allow(dead_code))]
 pub(crate) struct Threads<'t> {
     /// At most so many, the caller included.
     allowed: usize,
@@ -57,7 +59,7 @@ impl<'t> Threads<'t> {
     /// none are given.
     #[inline]
     pub fn of_step(allowed: Option<usize>, bytes: usize, lender: Option<&'t dyn Lender>) -> Self {
-        if bytes < SERIAL_BYTES || allowed == Some(1) || cfg!(not(feature = "rayon")) {
+        if bytes < SERIAL_BYTES || allowed == Some(1) || cfg!(not(feature = "threads")) {
             return Threads::CALLER;
         }
         let lent = lender.map_or(allowed.unwrap_or(1), Lender::count);
@@ -86,11 +88,11 @@ impl<'t> Threads<'t> {
     /// Calls `work(index)` once for every index below `count`, on up to `threads` threads, all in the
     /// caller's floating-point mode. When it returns, nobody runs `work`.
     pub fn for_each(&self, threads: usize, count: usize, work: &(dyn Fn(usize) + Sync)) {
-        #[cfg(feature = "rayon")]
+        #[cfg(feature = "threads")]
         {
             shared::for_each(self.lender, threads.min(count), count, work);
         }
-        #[cfg(not(feature = "rayon"))]
+        #[cfg(not(feature = "threads"))]
         {
             let _ = threads;
             (0..count).for_each(work);
@@ -100,28 +102,28 @@ impl<'t> Threads<'t> {
 
 impl Drop for Threads<'_> {
     fn drop(&mut self) {
-        #[cfg(feature = "rayon")]
+        #[cfg(feature = "threads")]
         if self.allowed > 1 && self.lender.is_none() {
             shared::end_step();
         }
     }
 }
 
-#[cfg(not(feature = "rayon"))]
+#[cfg(not(feature = "threads"))]
 fn is_pool_awake() -> bool {
     false
 }
 
-#[cfg(feature = "rayon")]
+#[cfg(feature = "threads")]
 use shared::is_pool_awake;
 
-#[cfg(feature = "rayon")]
+#[cfg(feature = "threads")]
 mod shared {
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
     use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-    use std::sync::{Arc, Mutex, OnceLock};
+    use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
     use std::thread::Thread;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use super::Lender;
     use crate::kernel::isa::FloatMode;
@@ -201,11 +203,12 @@ mod shared {
         ENDED.store(now(), Ordering::Relaxed);
     }
 
-    /// Whether steps follow each other at once, as those of several optimizers do: rayon's workers
-    /// look for more work for about so long before they sleep.
+    /// How long a worker looks for more work before it sleeps.
+    const AWAKE: Duration = Duration::from_micros(30);
+
+    /// Whether workers are awake, as steps follow each other at once.
     pub(super) fn is_pool_awake() -> bool {
-        const AWAKE_NS: u64 = 30_000;
-        now().saturating_sub(ENDED.load(Ordering::Relaxed)) < AWAKE_NS
+        u128::from(now().saturating_sub(ENDED.load(Ordering::Relaxed))) < AWAKE.as_nanos()
     }
 
     /// What workers of the pool are called for.
@@ -274,11 +277,22 @@ mod shared {
         }
     }
 
-    #[derive(Clone)]
+    /// Workers of a process, and the job that they are offered.
     struct Pool {
         process: u32,
-        workers: usize,
-        threads: Arc<rayon::ThreadPool>,
+        workers: AtomicUsize,
+        offer: Mutex<Offer>,
+        /// How many offers there were, and what workers that sleep are woken by.
+        offers: AtomicUsize,
+        offered: Condvar,
+        places: Mutex<Places>,
+    }
+
+    #[derive(Default)]
+    struct Offer {
+        job: Option<Arc<Job>>,
+        /// How many workers may still take it.
+        seats: usize,
     }
 
     impl Pool {
@@ -300,10 +314,15 @@ mod shared {
                 mode: FloatMode::current(),
                 caller: std::thread::current(),
             });
-            for _ in 0..helpers {
-                let job = Arc::clone(&job);
-                self.threads.spawn(move || job.help());
-            }
+            lock(&self.places).keep_off_this_core();
+            let replaced = {
+                let mut offer = lock(&self.offer);
+                offer.seats = helpers;
+                self.offers.fetch_add(1, Ordering::Relaxed);
+                offer.job.replace(Arc::clone(&job))
+            };
+            drop(replaced);
+            (0..helpers).for_each(|_| self.offered.notify_one());
             let outcome = catch_unwind(AssertUnwindSafe(|| job.shares.claim(0, work)));
             job.close();
             if let Err(panic) = outcome {
@@ -312,41 +331,126 @@ mod shared {
             let panicked = job.panicked.load(Ordering::Relaxed);
             assert!(!panicked, "a worker of a step panicked");
         }
+
+        /// What a worker does.
+        fn serve(&self) {
+            ask_for_short_slices();
+            lock(&self.places).register();
+            loop {
+                self.next().help();
+                // Steps may follow each other at once, as those of several optimizers do; a worker
+                // that is woken comes 20 µs later. (Not by yielding: Linux takes that for time that
+                // was used, and lets the worker wait when it is woken.)
+                let seen = self.offers.load(Ordering::Relaxed);
+                let end = Instant::now() + AWAKE;
+                while self.offers.load(Ordering::Relaxed) == seen && Instant::now() < end {
+                    std::hint::spin_loop();
+                }
+            }
+        }
+
+        /// Waits for a job.
+        fn next(&self) -> Arc<Job> {
+            let mut offer = lock(&self.offer);
+            loop {
+                if offer.seats > 0
+                    && let Some(job) = &offer.job
+                {
+                    let job = Arc::clone(job);
+                    offer.seats -= 1;
+                    return job;
+                }
+                let waited = self.offered.wait(offer);
+                offer = waited.unwrap_or_else(PoisonError::into_inner);
+            }
+        }
     }
 
-    static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+    static POOL: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
 
-    /// A pool of this process with at least `workers` threads; `None` if there can be none just
-    /// now.
-    fn pool(workers: usize) -> Option<Pool> {
+    /// The pool of this process, with at least `workers` threads if there can be so many; `None` if
+    /// there can be none just now.
+    fn pool(workers: usize) -> Option<Arc<Pool>> {
         // Never waits: should another thread hold the lock, or have held it when this process was
         // forked, the step runs on the caller.
         let mut slot = POOL.try_lock().ok()?;
         let process = std::process::id();
-        match &*slot {
-            Some(pool) if pool.process == process && pool.workers >= workers => {
-                return Some(pool.clone());
+        if slot.as_ref().is_none_or(|pool| pool.process != process) {
+            // That of another process has threads and locks that this one does not.
+            std::mem::forget(slot.replace(Arc::new(Pool {
+                process,
+                workers: AtomicUsize::new(0),
+                offer: Mutex::default(),
+                offers: AtomicUsize::new(0),
+                offered: Condvar::new(),
+                places: Mutex::default(),
+            })));
+        }
+        let pool = Arc::clone(slot.as_ref()?);
+        for k in pool.workers.load(Ordering::Relaxed)..workers {
+            let worker = Arc::clone(&pool);
+            let thread = std::thread::Builder::new().name(format!("rmsprop-{k}"));
+            if thread.spawn(move || worker.serve()).is_err() {
+                break;
             }
-            _ => {}
+            pool.workers.store(k + 1, Ordering::Relaxed);
         }
-        let threads = rayon::ThreadPoolBuilder::new()
-            .num_threads(workers)
-            .start_handler(|_| ask_for_short_slices())
-            .thread_name(|index| format!("rmsprop-{index}"))
-            .build()
-            .ok()?;
-        let new = Pool {
-            process,
-            workers,
-            threads: Arc::new(threads),
-        };
-        if let Some(old) = slot.replace(new.clone())
-            && old.process != process
-        {
-            // Dropping it would wait for threads that only the parent has.
-            std::mem::forget(old);
+        (pool.workers.load(Ordering::Relaxed) > 0).then_some(pool)
+    }
+
+    fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// On which cores the workers may run.
+    ///
+    /// Linux likes to put a thread that is woken on the core of the one that woke it, above all in
+    /// virtual machines, where an idle core looks as if it were taken. There both share one core. So
+    /// workers are kept off that core, on the others that the caller may use. Of many workers one
+    /// that waits matters little, and telling all of them takes longer.
+    #[cfg(target_os = "linux")]
+    #[derive(Default)]
+    struct Places {
+        workers: Vec<rustix::thread::Pid>,
+        /// Where they may run.
+        allowed: Option<rustix::thread::CpuSet>,
+    }
+
+    #[cfg(target_os = "linux")]
+    impl Places {
+        /// Adds the calling worker.
+        fn register(&mut self) {
+            self.workers.push(rustix::thread::gettid());
+            self.allowed = None;
         }
-        Some(new)
+
+        fn keep_off_this_core(&mut self) {
+            const MANY: usize = 16;
+            let Ok(mut allowed) = rustix::thread::sched_getaffinity(None) else {
+                return;
+            };
+            allowed.unset(rustix::thread::sched_getcpu());
+            let is_known = self.allowed == Some(allowed);
+            if is_known || allowed.count() == 0 || self.workers.len() > MANY {
+                return;
+            }
+            for &worker in &self.workers {
+                // If the system refuses, it stays where it may run now.
+                let _ = rustix::thread::sched_setaffinity(Some(worker), &allowed);
+            }
+            self.allowed = Some(allowed);
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    #[derive(Default)]
+    struct Places;
+
+    #[cfg(not(target_os = "linux"))]
+    impl Places {
+        fn register(&mut self) {}
+
+        fn keep_off_this_core(&mut self) {}
     }
 
     /// Asks Linux (6.12 and newer; others refuse) for short time slices: of two threads on a core it
@@ -450,7 +554,7 @@ pub(crate) fn set_thread_limit(limit: Option<std::num::NonZeroUsize>) {
 pub fn default_threads() -> Result<usize, Error> {
     Ok(match threads_from_environment()? {
         Some(threads) => threads,
-        None if cfg!(feature = "rayon") => {
+        None if cfg!(feature = "threads") => {
             std::thread::available_parallelism().map_or(1, usize::from)
         }
         None => 1,

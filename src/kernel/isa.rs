@@ -282,7 +282,7 @@ impl FloatMode {
     }
 
     /// Runs `work` in this mode and gives the thread its own mode back, also when `work` panics.
-    #[cfg(feature = "rayon")]
+    #[cfg(feature = "threads")]
     pub fn during<R>(self, work: impl FnOnce() -> R) -> R {
         struct Restore(FloatMode);
         impl Drop for Restore {
@@ -296,7 +296,7 @@ impl FloatMode {
     }
 
     /// Leaves the sticky exception flags as they are: a record, not a mode.
-    #[cfg(feature = "rayon")]
+    #[cfg(feature = "threads")]
     #[cfg_attr(target_arch = "x86_64", allow(unsafe_code))]
     fn set(self) {
         #[cfg(target_arch = "x86_64")]

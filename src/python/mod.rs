@@ -62,9 +62,9 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("isa", isa()?.name())?;
     info.set_item("threads", default_threads()?)?;
     let features: &[&str] = if cfg!(debug_assertions) {
-        &["rayon", "python", "debug"]
+        &["threads", "python", "debug"]
     } else {
-        &["rayon", "python"]
+        &["threads", "python"]
     };
     info.set_item("features", features)?;
     Ok(info)
@@ -88,6 +88,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     if let Err(error) = isa() {
         return Err(pyo3::exceptions::PyImportError::new_err(error.to_string()));
     }
+    torch_library::note_process();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("OPTIONS", options::table(module.py())?)?;
     module.add_class::<options::StepOptions>()?;

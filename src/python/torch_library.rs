@@ -5,6 +5,7 @@
 //! where a torch does not have them.
 
 use std::ffi::c_void;
+use std::sync::OnceLock;
 
 use libloading::Library;
 use pyo3::ffi;
@@ -90,8 +91,8 @@ impl Torch {
     #[inline(always)]
     pub fn view<'q>(&self, quiet: &'q Quiet<'_>, tensor: Lent<'q>) -> Result<View<'q>, Refusal> {
         match self.tensor.is_of(tensor.class()) {
-            true => self.tensor.view(quiet, tensor),
-            false => self.parameter.view(quiet, tensor),
+            true => self.tensor.view_of(quiet, tensor, true),
+            false => self.parameter.view_of(quiet, tensor, true),
         }
     }
 
@@ -239,10 +240,16 @@ impl PendingBits {
     }
 }
 
+/// The process that imported this module, before its torch can have been used beside it.
+static PROCESS: OnceLock<u32> = OnceLock::new();
+
+/// Takes note of the process; called as the module is imported.
+pub(crate) fn note_process() {
+    PROCESS.get_or_init(std::process::id);
+}
+
 /// The functions of torch's stable C interface for its threads.
 struct TorchThreads {
-    /// Where they may be used.
-    process: u32,
     parallel_for: ParallelFor,
     get_num_threads: unsafe extern "C" fn(*mut u32) -> i32,
     _library: Library,
@@ -260,7 +267,6 @@ impl TorchThreads {
         unsafe {
             let library = Library::new(path).ok()?;
             Some(TorchThreads {
-                process: std::process::id(),
                 parallel_for: *library.get(c"torch_parallel_for").ok()?,
                 get_num_threads: *library.get(c"torch_get_num_threads").ok()?,
                 _library: library,
@@ -281,7 +287,7 @@ impl Lender for TorchThreads {
     /// A process that was forked does not have the threads that its parent used, and would wait for
     /// them for ever.
     fn is_usable(&self) -> bool {
-        self.process == std::process::id()
+        PROCESS.get() == Some(&std::process::id())
     }
 
     #[allow(unsafe_code)]
