@@ -469,6 +469,11 @@ pub(crate) struct Gathered {
 pub(crate) const ELSEWHERE: usize = usize::MAX;
 
 impl Clipping {
+    /// Whether an option asks for a look.
+    pub fn looks(&self) -> bool {
+        self.max_grad_norm.is_some() || self.nonfinite != Nonfinite::Propagate
+    }
+
     /// Reads the gradients once, if an option asks for it, and updates unless they forbid it. The
     /// sum over all processes is `gathered` already, if there are several.
     pub fn run(
@@ -477,7 +482,7 @@ impl Clipping {
         threads: &Threads<'_>,
         gathered: Option<Gathered>,
     ) -> Verdict {
-        if self.max_grad_norm.is_none() && self.nonfinite == Nonfinite::Propagate {
+        if !self.looks() {
             work.update(threads);
             return Verdict {
                 norm: None,

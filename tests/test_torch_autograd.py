@@ -217,6 +217,7 @@ MODES = {
     "inference_mode": torch.inference_mode,
     "inference_mode off": lambda: torch.inference_mode(False),
     "default device": lambda: torch.device("cpu"),
+    "another default device": lambda: torch.device("meta"),
     "function mode": Functions,
     "dispatch mode": Dispatches,
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),

@@ -177,10 +177,27 @@ def forked_worker_with_large_tensors():
     assert (param < -1.0).all()
 
 
+def forked_worker_of_a_parent_that_never_stepped():
+    """The parent has used torch's threads, and ours never; state is made in the child."""
+    torch.set_num_threads(3)
+    param = nn.Parameter(torch.zeros(LARGE).share_memory_())
+    (param * 1.0).sum().backward()
+    opt = RMSprop([param], alpha=0.75, lr=0.5, momentum=0.5, centered=True)
+
+    def child():
+        opt.step()
+        # Torch's own operations would wait for the parent's threads.
+        torch.set_num_threads(1)
+        assert (param < 0).all()
+
+    run_processes("fork", child)
+
+
 FORKED = [
     forked_workers,
     forked_workers_without_a_lock,
     forked_worker_with_large_tensors,
+    forked_worker_of_a_parent_that_never_stepped,
 ]
 
 

@@ -81,14 +81,39 @@ def step(opt: RMSprop, only: Place | None = None, odd: list[int] | None = None) 
         except BaseException:
             _discard(plan, opt.state)
             raise
-        if found is True:
+        if found is True or isinstance(found, tuple):
             break
         _discard(plan, opt.state)
         if found is False:
             return
+        if not plan.rows.keys().isdisjoint(found):
+            raise RuntimeError(
+                "expected tensors to stay as they are during a step, got others"
+            )
     sharded = (each.p for each in plan.odd.values() if is_dtensor(each.p))
     increment_all(sharded)
+    if isinstance(found, tuple):
+        _add_left(opt, plan, found)
     _step_by_torch(plan)
+
+
+def step_left(opt: RMSprop, left: tuple[int, ...]) -> None:
+    """Steps parameters that the core has left, after a step of all others."""
+    plan = Plan()
+    _add_left(opt, plan, left)
+    _step_by_torch(plan)
+
+
+def _add_left(opt: RMSprop, plan: Plan, left: tuple[int, ...]) -> None:
+    first = 0
+    for group in opt.param_groups:
+        params = group["params"]
+        for index in left:
+            if first <= index < first + len(params):
+                p: Any = params[index - first]
+                plan.rows[index] = None
+                plan.odd[index] = Odd(group, p, p.grad, opt.state[p], {})
+        first += len(params)
 
 
 def _looks(opt: RMSprop) -> bool:
@@ -256,11 +281,11 @@ def _filled_like(p: Tensor, value: float, place: int) -> Tensor:
     # Loads wait for stores to the same address modulo a page: state begins elsewhere than the
     # parameter, and than other state. (A large tensor begins 64 bytes into a page, as do gradients.)
     if like.numel() * size >= _PAGE:
-        room = torch.empty(like.numel() + _PAGE // size, dtype=p.dtype)
+        room = torch.empty(like.numel() + _PAGE // size, dtype=p.dtype, device="cpu")
         start = (p.data_ptr() + 512 * place - room.data_ptr()) % _PAGE
         if start % size == 0:
             storage = room.untyped_storage()
-            like = torch.empty(0, dtype=p.dtype).set_(
+            like = torch.empty(0, dtype=p.dtype, device="cpu").set_(
                 storage, start // size, like.size(), like.stride()
             )
     # Not by torch's threads, which a process that was forked would wait for for ever.

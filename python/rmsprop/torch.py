@@ -358,8 +358,8 @@ class RMSprop(Optimizer):
                 return None
             return self._update_hooked(*args, **kwargs)
         found = self._stepper.step(self.param_groups, self.state)
-        if isinstance(found, list):
-            self._step_odd(found)
+        if found is not True:
+            self._finish(found)
         return None
 
     def step_in_backward(self) -> backward.Handle:
@@ -413,8 +413,15 @@ class RMSprop(Optimizer):
         found: Any = []
         if not torch_names.is_watched():
             found = self._stepper.step(self.param_groups, self.state, only)
+        self._finish(found, only)
+
+    def _finish(self, found: Any, only: fallback.Place | None = None) -> None:
+        """Does what the core has left to do."""
         if isinstance(found, list):
             self._step_odd(found, only)
+        elif isinstance(found, tuple):
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                fallback.step_left(self, found)
 
     def _step_odd(self, odd: list[int], only: fallback.Place | None = None) -> None:
         """Performs a step of which something is not ordinary; threads take turns."""

@@ -474,6 +474,9 @@ impl Contents {
         }
         let mut outcome = self.check_and_run(py, items.as_ref(), options);
         if let Err(Refused::Collect) = outcome {
+            self.groups
+                .iter_mut()
+                .for_each(|group| group.is_flat = false);
             self.collect(py, grads)?;
             outcome = self.check_and_run(py, items.as_ref(), options);
         }
@@ -539,9 +542,9 @@ impl Contents {
             true => None,
             false => Some(self.replaced(py, index, &objects)?),
         };
-        // From here on nothing fails.
         let config = &options.config;
         let new = group.missing(py, config, |key, _| key.is_used(config))?;
+        // From here on nothing fails.
         if let Some(replaced) = replaced {
             self.rebind(index, replaced);
         }
@@ -1050,6 +1053,10 @@ impl Check<'_> {
     ) -> Result<(), Refused> {
         let mut rules = RuleCache::default();
         if group.is_flat {
+            // Python code may have run since that was decided.
+            if !group.is_whole() {
+                return Err(Refused::Collect);
+            }
             self.flat(work, group, &mut rules);
             return Ok(());
         }

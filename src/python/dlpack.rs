@@ -16,7 +16,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{ffi, intern};
 
-use super::view::{Access, Element, Found, FoundType, Lent, Quiet, Refusal, View, class_name};
+use super::view::{
+    Access, Element, Found, FoundType, Lent, Quiet, Refusal, View, c_strides, class_name,
+};
 use crate::kernel::DType;
 use crate::kernel::stage::MAX_DIMS;
 
@@ -174,6 +176,7 @@ impl RawTensor {
         &self,
         strides: Option<&'q [i64]>,
         access: Access,
+        is_known_to_fit: bool,
     ) -> Result<View<'q>, Refusal> {
         if !self.device.is_host() {
             return Err(Refusal::Device(self.device));
@@ -197,7 +200,11 @@ impl RawTensor {
             0 => 0,
             data => data.wrapping_add(self.byte_offset as usize),
         };
-        View::new(data, element, shape, strides, element.size(), access)
+        let new = match is_known_to_fit {
+            true => View::of_tensor,
+            false => View::new,
+        };
+        new(data, element, shape, strides, element.size(), access)
     }
 }
 
@@ -304,9 +311,19 @@ impl Exchange {
     }
 
     /// Reads a tensor. The memory is the object's: who uses it any longer keeps the object.
+    pub fn view<'q>(&self, quiet: &'q Quiet<'_>, object: Lent<'q>) -> Result<View<'q>, Refusal> {
+        self.view_of(quiet, object, false)
+    }
+
+    /// As [`Exchange::view`]; `is_known_to_fit` says that no lengths need be checked.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub fn view<'q>(&self, quiet: &'q Quiet<'_>, object: Lent<'q>) -> Result<View<'q>, Refusal> {
+    pub fn view_of<'q>(
+        &self,
+        quiet: &'q Quiet<'_>,
+        object: Lent<'q>,
+        is_known_to_fit: bool,
+    ) -> Result<View<'q>, Refusal> {
         // An object's class may be assigned.
         if !self.is_of(object.class()) {
             return Err(Refusal::Unreadable);
@@ -322,7 +339,8 @@ impl Exchange {
                 drop(PyErr::take(quiet.py()));
                 return Err(Refusal::Unreadable);
             }
-            raw.assume_init_ref().view(None, Access::Writable)
+            raw.assume_init_ref()
+                .view(None, Access::Writable, is_known_to_fit)
         }
     }
 }
@@ -394,19 +412,8 @@ impl Managed {
         if managed.handle.tensor().strides.is_null() {
             let ndim = managed.handle.tensor().ndim()?;
             let ones = &[1; MAX_DIMS][..ndim];
-            let shape: Vec<i64> = managed.view_with(Some(ones))?.shape.to_vec();
-            let mut stride = 1i64;
-            let mut strides: Vec<i64> = shape
-                .iter()
-                .rev()
-                .map(|&len| {
-                    let this = stride;
-                    stride = stride.saturating_mul(len.max(1));
-                    this
-                })
-                .collect();
-            strides.reverse();
-            managed.strides = Some(strides.into());
+            let strides = c_strides(managed.view_with(Some(ones))?.shape);
+            managed.strides = Some(strides.as_slice().into());
         }
         managed.view_with(managed.strides.as_deref())?;
         Ok(managed)
@@ -415,7 +422,7 @@ impl Managed {
     #[allow(unsafe_code)]
     fn view_with<'a>(&'a self, strides: Option<&'a [i64]>) -> Result<View<'a>, Refusal> {
         // SAFETY: a tensor in a capsule is filled in, and is its producer's no more.
-        unsafe { self.handle.tensor().view(strides, self.access) }
+        unsafe { self.handle.tensor().view(strides, self.access, false) }
     }
 
     /// Where it is.

@@ -204,10 +204,9 @@ impl Group {
             .try_for_each(|buffer| visit.call(&buffer.owner))
     }
 
-    /// Decides whether this step takes the parameters and gradients as flat buffers: if all of them
-    /// still are where `contiguous_params` put them.
-    pub fn settle_mode(&mut self, steps: &[u64]) {
-        let is_whole = |half: &Half| match &half.flat {
+    /// Whether all parameters and gradients are where `contiguous_params` put them.
+    pub fn is_whole(&self) -> bool {
+        self.halves.iter().all(|half| match &half.flat {
             _ if half.numel == 0 => true,
             Some(Flat {
                 grad: Some(_),
@@ -215,11 +214,16 @@ impl Group {
                 ..
             }) => strays.load(Ordering::Relaxed) == 0,
             _ => false,
-        };
+        })
+    }
+
+    /// Decides whether this step takes the parameters and gradients as flat buffers: if all of them
+    /// still are where `contiguous_params` put them.
+    pub fn settle_mode(&mut self, steps: &[u64]) {
         let steps = &steps[self.range.clone()];
         self.is_flat = self.is_contiguous
             && !self.has_empty
-            && self.halves.iter().all(is_whole)
+            && self.is_whole()
             && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]));
     }
 

@@ -11,7 +11,7 @@ use super::overlap::{Extent, Written};
 use super::parameter::Parameter;
 use super::source::{GradientNow, Source};
 use super::view::{
-    Access, Element, Found, FoundType, Header, Mark, Quiet, Refusal, View, is_equal,
+    Access, Element, Found, FoundType, Header, Mark, Quiet, Refusal, View, c_strides, is_equal,
 };
 use crate::kernel::DType;
 
@@ -282,22 +282,6 @@ fn check_apart(view: &View<'_>) -> Result<(), Refusal> {
         true => Ok(()),
         false => Err(Refusal::OverlapsItself),
     }
-}
-
-/// The strides of a C-contiguous array, in elements.
-fn c_strides(shape: &[i64]) -> SmallVec<[i64; 4]> {
-    let mut stride = 1i64;
-    let mut strides: SmallVec<[i64; 4]> = shape
-        .iter()
-        .rev()
-        .map(|&len| {
-            let this = stride;
-            stride = stride.saturating_mul(len.max(1));
-            this
-        })
-        .collect();
-    strides.reverse();
-    strides
 }
 
 /// Whether the object's class has a `grad` that is not `Parameter`'s.

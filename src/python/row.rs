@@ -48,12 +48,13 @@ pub(crate) fn check<'q>(
             Some(Err(refusal)) => return Err((*role, refusal)),
             None => continue,
         };
-        if let Err(refusal) = check_like(*role, &view, &p) {
+        let is_walked_alike = view.is_walked_like(&p);
+        if let Err(refusal) = check_like(*role, &view, &p, is_walked_alike) {
             return Err((*role, refusal));
         }
         is_alike &= view.element == p.element
             && view.is_aligned
-            && view.is_walked_like(&p)
+            && is_walked_alike
             && addresses
                 .iter()
                 .all(|&other| view.data.abs_diff(other) >= bytes);
@@ -73,7 +74,12 @@ pub(crate) fn check<'q>(
 
 /// That an array has the shape of its parameter, and the type that it must have.
 #[inline(always)]
-fn check_like(role: Role, view: &View<'_>, p: &View<'_>) -> Result<(), Refusal> {
+fn check_like(
+    role: Role,
+    view: &View<'_>,
+    p: &View<'_>,
+    is_walked_alike: bool,
+) -> Result<(), Refusal> {
     let is_like = match role {
         // Rounded as it is read.
         Role::Gradient => view.element.is_complex == p.element.is_complex,
@@ -82,7 +88,7 @@ fn check_like(role: Role, view: &View<'_>, p: &View<'_>) -> Result<(), Refusal> 
     if !is_like {
         return Err(Refusal::DType(Box::new(view.found())));
     }
-    if !view.is_shaped_like(p) {
+    if !is_walked_alike && !view.is_shaped_like(p) {
         return Err(Refusal::Unlike(Box::new(view.found())));
     }
     match role.is_written() {

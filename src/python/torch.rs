@@ -16,6 +16,7 @@ use pyo3::exceptions::PyFloatingPointError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
+use smallvec::SmallVec;
 
 use super::error::check_room;
 use super::options::{
@@ -86,7 +87,8 @@ enum State {
 #[derive(Default)]
 struct Tensors {
     counts: Vec<Count>,
-    /// State that is written, and the tensors of the counts, of which autograd is not told.
+    /// State that is written; and of a long step the tensors of the counts, of which autograd is not
+    /// told.
     written: Vec<Py<PyAny>>,
     held: Vec<Py<PyAny>>,
 }
@@ -157,8 +159,9 @@ impl Stepper {
     /// None for a parameter that is left alone. `gathered` is what all processes together found in
     /// the gradients: the sum of their squares, and whether one is not finite.
     ///
-    /// Returns whether there was a step (False if it was left out for `nonfinite`); or, with nothing
-    /// written, a list of the indices of parameters that are not ordinary and not in `rows`: no plain
+    /// Returns whether there was a step (False if it was left out for `nonfinite`); a tuple of the
+    /// indices of parameters that are left to be stepped by torch's own `rmsprop`, for they are of a
+    /// type that only that takes; or, with nothing written, a list of the indices of parameters that are not ordinary and not in `rows`: no plain
     /// tensors of float32, float64 or complex ones in host memory, without state, with a pending
     /// sign.
     #[pyo3(signature = (groups, state, only = None, rows = None, gathered = None))]
@@ -188,14 +191,17 @@ impl Stepper {
         let outcome = contents.step(torch, &wanted, &options.values(), gathered);
         contents.release(py);
         drop(contents);
-        let verdict = match outcome {
-            Ok(verdict) => verdict,
+        let (verdict, left) = match outcome {
+            Ok(found) => found,
             Err(Unfit::Odd(indices)) => return Ok(PyList::new(py, indices)?.into_any()),
             Err(Unfit::Python(error)) => return Err(error),
         };
         let is_skipped = matches!(verdict.outcome, Outcome::Skip);
         options.report(verdict.norm, is_skipped);
-        Ok((!is_skipped).into_pyobject(py)?.to_owned().into_any())
+        match left.is_empty() {
+            true => Ok((!is_skipped).into_pyobject(py)?.to_owned().into_any()),
+            false => Ok(PyTuple::new(py, left)?.into_any()),
+        }
     }
 
     /// The sum of the squares of the gradients of `rows`, and whether one of them is not finite.
@@ -260,9 +266,10 @@ impl Contents {
         wanted: &Wanted<'_, '_>,
         options: &Values,
         gathered: Option<Gathered>,
-    ) -> Result<Verdict, Unfit> {
+    ) -> Result<(Verdict, Vec<usize>), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
+        let can_leave = !options.clipping.looks();
         let crew = Crew {
             allowed: options.threads().or_else(|| torch.thread_count(py)),
             lender: torch.threads(),
@@ -279,6 +286,7 @@ impl Contents {
             } = self;
             let state = wanted.state.as_unbound();
             let mut doubts = Doubts::default();
+            let mut left = Vec::new();
             let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
                 let state = Lent::of(quiet, state);
                 let mut check = Check {
@@ -287,15 +295,17 @@ impl Contents {
                     pairs,
                     tensors,
                     doubts: &mut doubts,
+                    left: &mut left,
+                    can_leave,
                 };
                 let work = check.all(quiet, batch.open(), state)?;
-                let counts = std::mem::take(&mut tensors.counts);
-                Ok((work, move || counts.iter().for_each(Count::increment)))
+                let counts = &tensors.counts;
+                Ok((work, || counts.iter().for_each(Count::increment)))
             });
             match verdict {
                 Ok(verdict) => {
                     self.conclude(torch, wanted.groups, &verdict)?;
-                    return Ok(verdict);
+                    return Ok((verdict, left));
                 }
                 Err(Stopped) => self.settle(torch, py, doubts)?,
             }
@@ -323,6 +333,8 @@ impl Contents {
                 pairs,
                 tensors,
                 doubts: &mut doubts,
+                left: &mut Vec::new(),
+                can_leave: false,
             };
             let mut work = check.all(quiet, batch.open(), state)?;
             let squares = work.sum_squares(&Threads::CALLER);
@@ -561,17 +573,23 @@ struct Check<'x> {
     pairs: &'x [Pair],
     tensors: &'x mut Tensors,
     doubts: &'x mut Doubts,
+    /// Parameters of a type that only torch steps, with all that it needs.
+    left: &'x mut Vec<usize>,
+    /// No option is on that looks at all gradients.
+    can_leave: bool,
 }
 
 impl Check<'_> {
     /// All pairs.
-    fn all<'w>(
+    fn all<'w, 'q>(
         &mut self,
-        quiet: &Quiet<'_>,
+        quiet: &'q Quiet<'_>,
         mut work: Work<'w, 'w>,
-        state: Lent<'_>,
+        state: Lent<'q>,
     ) -> Result<Work<'w, 'w>, Stopped> {
         let mut walk = StateWalk::new(quiet, state);
+        // The tensors of the counts, which only the dicts hold.
+        let mut steps: SmallVec<[Lent<'_>; 32]> = SmallVec::new();
         let mut start = 0;
         for group in self.groups {
             let mut rules = RuleCache::default();
@@ -583,12 +601,17 @@ impl Check<'_> {
                     State::Entry(entry) => Entry::of_dict(quiet, Lent::of(quiet, entry), config),
                     State::Tuple(tuple) => Some(Entry::of_tuple(quiet, Lent::of(quiet, tuple))),
                 };
+                steps.extend(entry.and_then(|entry| entry.step));
                 self.pair(quiet, &mut work, k, entry, config, &mut rules);
             }
             start = group.end.max(start);
         }
         if !self.doubts.odd.is_empty() || !self.doubts.unsure.is_empty() {
             return Err(Stopped);
+        }
+        if step::is_long(&work) {
+            let held = steps.iter().map(|step| step.hold(quiet));
+            self.tensors.held.extend(held);
         }
         Ok(work)
     }
@@ -621,8 +644,14 @@ impl Check<'_> {
             }
             Some(view)
         };
-        let Ok(row) = row::check(read) else {
-            return self.doubts.odd.push(pair.index);
+        let row = match row::check(read) {
+            Ok(row) => row,
+            Err((Role::Parameter, Refusal::DType(_)))
+                if self.can_leave && entry.is_complete(config) && config.is_torchs() =>
+            {
+                return self.left.push(pair.index);
+            }
+            Err(_) => return self.doubts.odd.push(pair.index),
         };
         let Some(count) = entry.count(quiet, self.torch) else {
             return self.doubts.odd.push(pair.index);
@@ -637,14 +666,13 @@ impl Check<'_> {
             }
         }
         let rule = rules.get(work, row.dtype, config, count.read() as u64);
-        // SAFETY: references to all of the tensors are held until the work is done. Rows may share
+        // SAFETY: references to the tensors are held until the work is done, and to those of the counts
+        // if that takes long; else nobody changes the dicts that hold them. Rows may share
         // elements with each other, which is why they are updated by the caller alone unless
         // `Work::is_apart`.
         unsafe { row.push(work, pair.index, rule) };
         let Tensors {
-            counts,
-            written,
-            held,
+            counts, written, ..
         } = &mut *self.tensors;
         counts.push(count);
         for key in StateKey::ALL {
@@ -652,7 +680,6 @@ impl Check<'_> {
                 written.push(array.hold(quiet));
             }
         }
-        held.extend(entry.step.map(|step| step.hold(quiet)));
     }
 }
 

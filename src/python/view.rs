@@ -21,6 +21,7 @@ use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyFloatMethods, PyString, PyStringMethods};
+use smallvec::SmallVec;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering::Relaxed};
@@ -300,7 +301,6 @@ pub(crate) struct View<'q> {
 
 impl<'q> View<'q> {
     /// Takes what an array says of itself. Checks that it fits in memory.
-    #[inline(always)]
     pub fn new(
         data: usize,
         element: Element,
@@ -313,23 +313,34 @@ impl<'q> View<'q> {
             return Err(Refusal::Dimensions(shape.len() as i64));
         }
         let mut bytes = Some(element.size() as i64);
-        let mut is_empty = false;
         for &len in shape {
-            is_empty |= len == 0;
             bytes = match len {
                 0 => bytes,
                 1.. => bytes.and_then(|bytes| bytes.checked_mul(len)),
                 _ => None,
             };
         }
-        if bytes.is_none() {
-            return Err(Refusal::Shape);
+        match bytes {
+            None => Err(Refusal::Shape),
+            Some(_) => View::of_tensor(data, element, shape, strides, stride_unit, access),
         }
+    }
+
+    /// As [`View::new`], of what is known to fit in memory.
+    #[inline(always)]
+    pub fn of_tensor(
+        data: usize,
+        element: Element,
+        shape: &'q [i64],
+        strides: &'q [i64],
+        stride_unit: usize,
+        access: Access,
+    ) -> Result<Self, Refusal> {
         // An empty array may be nowhere.
-        let data = match (data, is_empty) {
-            (0, true) => element.size(),
-            (0, false) => return Err(Refusal::NoMemory),
-            (data, _) => data,
+        let data = match data {
+            0 if !shape.contains(&0) => return Err(Refusal::NoMemory),
+            0 => element.size(),
+            data => data,
         };
         Ok(View {
             data,
@@ -370,22 +381,25 @@ impl<'q> View<'q> {
     /// Whether it has the same shape and the same strides where they count.
     #[inline]
     pub fn is_walked_like(&self, other: &View<'_>) -> bool {
+        let is_like = |dim: usize| match self.stride_unit == other.stride_unit {
+            true => self.strides[dim] == other.strides[dim],
+            false => self.stride(dim) == other.stride(dim),
+        };
         self.is_shaped_like(other)
-            && (0..self.shape.len())
-                .all(|dim| self.shape[dim] == 1 || self.stride(dim) == other.stride(dim))
+            && (0..self.shape.len()).all(|dim| is_like(dim) || self.shape[dim] == 1)
     }
 
     /// Whether the elements fill a stretch of memory without gaps, in any order of the dimensions.
     #[inline]
     pub fn is_dense(&self) -> bool {
-        let mut next = self.element.size() as isize;
-        let dims = self.shape.iter().zip(self.strides()).rev();
-        let is_in_order = |(&len, stride): (&i64, isize)| {
-            let is_next = stride == next || len == 1;
-            next = next.wrapping_mul(len as isize);
-            is_next
-        };
-        dims.into_iter().all(is_in_order) || self.shape.contains(&0) || self.is_dense_permuted()
+        let mut next = (self.element.size() / usize::from(self.stride_unit)) as i64;
+        let dims = self.shape.iter().zip(self.strides).rev();
+        let mut is_in_order = true;
+        for (&len, &stride) in dims {
+            is_in_order &= stride == next || len == 1;
+            next = next.wrapping_mul(len);
+        }
+        is_in_order || self.shape.contains(&0) || self.is_dense_permuted()
     }
 
     #[cold]
@@ -439,6 +453,22 @@ impl<'q> View<'q> {
             shape: self.shape.into(),
         }
     }
+}
+
+/// The strides of a C-contiguous array, in elements.
+pub(crate) fn c_strides(shape: &[i64]) -> SmallVec<[i64; 4]> {
+    let mut stride = 1i64;
+    let mut strides: SmallVec<[i64; 4]> = shape
+        .iter()
+        .rev()
+        .map(|&len| {
+            let this = stride;
+            stride = stride.saturating_mul(len.max(1));
+            this
+        })
+        .collect();
+    strides.reverse();
+    strides
 }
 
 /// `a == b`, without the call to `memcmp` that costs more than the comparison of two or three
