@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from rmsprop.fallback import Group, Place
+from rmsprop.fallback import Group, Place, Steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from rmsprop.torch import RMSprop
 
 #: The options that need all gradients at once, and their values that do not.
 OFF = {"max_grad_norm": None, "nonfinite": "propagate"}
@@ -32,7 +30,7 @@ def check(option: str, value: Any) -> None:
 class Handle:
     """Ends steps in backward: by ``remove()``, or at the end of a ``with`` block."""
 
-    def __init__(self, opt: RMSprop) -> None:
+    def __init__(self, opt: Steps) -> None:
         self._opt = weakref.ref(opt)
         self._hooks: list[RemovableHandle] = []
         self.add(opt.param_groups, range(len(opt.param_groups)))
@@ -73,7 +71,7 @@ class _Hook:
 
     __slots__ = ("opt", "place")
 
-    def __init__(self, opt: weakref.ref[RMSprop], place: Place) -> None:
+    def __init__(self, opt: weakref.ref[Steps], place: Place) -> None:
         self.opt = opt
         self.place = place
 

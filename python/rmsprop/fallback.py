@@ -8,12 +8,13 @@ Python looks at each tensor; the arithmetic is the core's, or torch's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
+from rmsprop import _core
 from rmsprop.torch_names import (
     check_capture,
     has_transforms,
@@ -23,15 +24,29 @@ from rmsprop.torch_names import (
     shard,
 )
 
-if TYPE_CHECKING:
-    from rmsprop.torch import RMSprop
-
 Group: TypeAlias = dict[str, Any]
 #: A group's place in ``opt.param_groups`` and a parameter's place in the group.
 Place: TypeAlias = tuple[int, int]
 #: p, g, square_avg, grad_avg, momentum_buffer, step: what the core is given. None for state that
 #: is not used.
 Row: TypeAlias = tuple[Any, ...]
+
+
+class Steps(Protocol):
+    """What is used of an optimizer: `rmsprop.torch.RMSprop`."""
+
+    param_groups: list[Group]
+    state: Any
+    #: What ends its steps in backward, while they are on.
+    _in_backward: Any
+
+    def _step(self, only: Place | None = None) -> None: ...
+    @property
+    def _stepper(self) -> _core.Stepper: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
+    @property
+    def nonfinite(self) -> str: ...
 
 
 @dataclass
@@ -56,7 +71,7 @@ class Plan:
     odd: dict[int, Odd] = field(default_factory=dict)
 
 
-def step(opt: RMSprop, only: Place | None = None, odd: list[int] | None = None) -> None:
+def step(opt: Steps, only: Place | None = None, odd: list[int] | None = None) -> None:
     """Updates every parameter that has a gradient; nothing at all if an error is raised here.
 
     An error of torch's own ``rmsprop``, and no other, leaves others updated, as in torch. With
@@ -97,14 +112,14 @@ def step(opt: RMSprop, only: Place | None = None, odd: list[int] | None = None) 
     _step_by_torch(plan)
 
 
-def step_left(opt: RMSprop, left: tuple[int, ...]) -> None:
+def step_left(opt: Steps, left: tuple[int, ...]) -> None:
     """Steps parameters that the core has left, after a step of all others."""
     plan = Plan()
     _add_left(opt, plan, left)
     _step_by_torch(plan)
 
 
-def _add_left(opt: RMSprop, plan: Plan, left: tuple[int, ...]) -> None:
+def _add_left(opt: Steps, plan: Plan, left: tuple[int, ...]) -> None:
     first = 0
     for group in opt.param_groups:
         params = group["params"]
@@ -116,12 +131,12 @@ def _add_left(opt: RMSprop, plan: Plan, left: tuple[int, ...]) -> None:
         first += len(params)
 
 
-def _looks(opt: RMSprop) -> bool:
+def _looks(opt: Steps) -> bool:
     """Whether an option looks at all gradients before a step."""
     return opt.max_grad_norm is not None or opt.nonfinite != "propagate"
 
 
-def _add(opt: RMSprop, plan: Plan, indices: Any, only: Place | None) -> None:
+def _add(opt: Steps, plan: Plan, indices: Any, only: Place | None) -> None:
     """Decides what to do with these parameters."""
     wanted = set(indices) - plan.rows.keys()
     first = 0
@@ -133,7 +148,7 @@ def _add(opt: RMSprop, plan: Plan, indices: Any, only: Place | None) -> None:
         first += len(group["params"])
 
 
-def _add_one(opt: RMSprop, plan: Plan, index: int, group: Group, p: Tensor) -> None:
+def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> None:
     if (grad := p.grad) is None:
         plan.rows[index] = None
         return
@@ -161,7 +176,7 @@ def _add_one(opt: RMSprop, plan: Plan, index: int, group: Group, p: Tensor) -> N
     plan.odd[index] = odd
 
 
-def _own_options(opt: RMSprop, group: Group) -> list[str]:
+def _own_options(opt: Steps, group: Group) -> list[str]:
     """Lists the options in effect that torch's own rmsprop does not have."""
     has_momentum, decays = group["momentum"] > 0, group["weight_decay"] != 0
     options = {
@@ -316,7 +331,7 @@ def count_of(value: float, p: Tensor, group: Group) -> Tensor:
     return torch.tensor(float(value), dtype=dtype, device=device)
 
 
-def _gather(opt: RMSprop, plan: Plan) -> tuple[float, bool]:
+def _gather(opt: Steps, plan: Plan) -> tuple[float, bool]:
     """Sums the squares of the gradients over all shards; whether one is not finite.
 
     Every process must come here: it does so for its options and the placements, which are the

@@ -386,10 +386,6 @@ class RMSprop(_core.Optimizer):
             ]
         return "\n".join([*lines, ")"])
 
-    def _group_of(self, index: int) -> dict[str, Any]:
-        """The group of a parameter."""
-        return self.param_groups[self._group_index(index)]
-
 
 _OPTIMIZER_OPTIONS = ("max_grad_norm", "nonfinite", "threads", "skipped_steps")
 

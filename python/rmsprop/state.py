@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rmsprop import _core
-
-if TYPE_CHECKING:
-    from rmsprop.optimizer import RMSprop
 
 
 class State(MutableMapping[int, Any]):
@@ -19,7 +16,7 @@ class State(MutableMapping[int, Any]):
     It is there from the start. Deleting an entry resets it to its start values.
     """
 
-    def __init__(self, optimizer: RMSprop) -> None:
+    def __init__(self, optimizer: _core.Optimizer) -> None:
         self._optimizer = optimizer
 
     def __getitem__(self, index: int) -> ParameterState:
@@ -79,7 +76,7 @@ class ParameterState(MutableMapping[str, Any]):
     next step. Assigning checks and copies.
     """
 
-    def __init__(self, optimizer: RMSprop, index: int) -> None:
+    def __init__(self, optimizer: _core.Optimizer, index: int) -> None:
         self._optimizer = optimizer
         self._index = index
 
@@ -127,11 +124,12 @@ class ParameterState(MutableMapping[str, Any]):
     def _start(self, key: str) -> Any:
         if key != "square_avg":
             return 0
-        return self._optimizer._group_of(self._index)["initial_square_avg"]
+        group = self._optimizer._group_index(self._index)
+        return self._optimizer.param_groups[group]["initial_square_avg"]
 
 
 def restore(
-    optimizer: RMSprop,
+    optimizer: _core.Optimizer,
     entries: Mapping[int, Mapping[str, Any]],
     options: list[dict[str, Any]] | None = None,
 ) -> None:
@@ -143,9 +141,8 @@ def restore(
     for index, entry in entries.items():
         group = optimizer._group_index(index)
         start = (options or optimizer.param_groups)[group]["initial_square_avg"]
-        starts = {
-            key: start if key == "square_avg" else 0 for key in optimizer.state[index]
-        }
+        keys = ParameterState(optimizer, index)
+        starts = {key: start if key == "square_avg" else 0 for key in keys}
         whole.append((index, {**starts, **entry}))
     optimizer._restore(whole, options)
 
@@ -155,7 +152,9 @@ def copied(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def checked(optimizer: RMSprop, index: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+def checked(
+    optimizer: _core.Optimizer, index: int, entry: Mapping[str, Any]
+) -> dict[str, Any]:
     """The entry with its arrays as NumPy's and its step as an int.
 
     Raises:

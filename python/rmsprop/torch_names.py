@@ -80,7 +80,7 @@ def has_transforms() -> bool:
     return ask is not None and ask()
 
 
-def check_capture(opt: optimizer.Optimizer) -> None:
+def check_capture(opt: Any) -> None:
     """Torch's own check before a step of tensors on an accelerator; left out where it is missing."""
     check = getattr(opt, "_accelerator_graph_capture_health_check", None)
     if check is not None:

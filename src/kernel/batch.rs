@@ -477,17 +477,15 @@ impl Batch {
             }
         }
         fn fill<T: Real>(
-            _: &Rule<T>,
+            rule: &Rule<T>,
             (piece, form): (&Piece, Option<&Form>),
             (start, end): (usize, usize),
             buffer: &mut [f64],
         ) {
             let g = piece.arrays[Role::Gradient as usize].cast_const();
             let Some(form) = form else {
-                // SAFETY: by the contract of `push` a dense gradient is valid for `numel` elements
-                // of the rule's type.
-                let g =
-                    unsafe { std::slice::from_raw_parts(g.cast::<T>().add(start), end - start) };
+                // SAFETY: as in `squares_of`.
+                let g = unsafe { elements(rule, g, start, end - start) };
                 return widen(g, buffer);
             };
             let mut rounded = [T::ZERO; STAGE];
@@ -532,17 +530,11 @@ impl Batch {
                 let len = (piece.numel - at).min(wanted - filled);
                 if len == wanted && piece.form == Piece::DENSE {
                     let g = piece.arrays[Role::Gradient as usize].cast_const();
-                    let square = match &self.rules[piece.rule as usize] {
+                    let square = with_rule!(&self.rules[piece.rule as usize], rule => {
                         // SAFETY: by the contract of `push` a dense gradient is valid for `numel`
                         // elements of the rule's type.
-                        AnyRule::F32(_) => self.code_now.sum_squares(unsafe {
-                            std::slice::from_raw_parts(g.cast::<f32>().add(at), len)
-                        }),
-                        // SAFETY: as above.
-                        AnyRule::F64(_) => self.code_now.sum_squares(unsafe {
-                            std::slice::from_raw_parts(g.cast::<f64>().add(at), len)
-                        }),
-                    };
+                        self.code_now.sum_squares(unsafe { elements(rule, g, at, len) })
+                    });
                     work(chunk, square);
                 } else {
                     self.fill_gradient(piece, at, at + len, &mut together[filled..filled + len]);
@@ -605,17 +597,29 @@ unsafe fn dense<'a, T: Real>(
     rule: &Rule<T>,
 ) -> Slices<'a, T> {
     let [p, g, v, m, b] = piece.arrays.map(<*mut u8>::cast::<T>);
-    let written = |x: *mut T, is_used| match is_used {
-        // SAFETY: passed on to the caller.
-        true => unsafe { std::slice::from_raw_parts_mut(x.add(start), len) },
-        false => &mut [][..],
+    let slice = |x: *mut T, is_used| match is_used {
+        true => std::ptr::slice_from_raw_parts_mut(x.wrapping_add(start), len),
+        false => std::ptr::slice_from_raw_parts_mut(std::ptr::NonNull::dangling().as_ptr(), 0),
     };
-    Slices {
-        p: written(p, true),
-        // SAFETY: passed on to the caller.
-        g: unsafe { std::slice::from_raw_parts(g.add(start).cast_const(), len) },
-        v: written(v, true),
-        m: written(m, rule.centered),
-        b: written(b, rule.has_momentum()),
+    // SAFETY: passed on to the caller; what is not used is empty.
+    unsafe {
+        Slices {
+            p: &mut *slice(p, true),
+            g: &*slice(g, true),
+            v: &mut *slice(v, true),
+            m: &mut *slice(m, rule.centered),
+            b: &mut *slice(b, rule.has_momentum()),
+        }
     }
+}
+
+/// Some elements of a dense array of a rule's type.
+///
+/// # Safety
+/// In `'a` they are valid for reads, and nobody writes them.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn elements<'a, T>(_: &Rule<T>, array: *const u8, start: usize, len: usize) -> &'a [T] {
+    // SAFETY: passed on to the caller.
+    unsafe { std::slice::from_raw_parts(array.cast::<T>().add(start), len) }
 }

@@ -20,12 +20,12 @@ use super::error::check_room;
 use super::group::{DTYPES, Group, NewState, flatten, half_of};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
 use super::overlap::Extent;
-use super::param::{Destinations, Param, Refused, WANTED};
+use super::param::{Destinations, Param, Refused};
 use super::row;
 use super::source::{Gradient, GradientNow, Source, has_changed};
 use super::step::{self, Crew};
 use super::turn::Turns;
-use super::view::{Lent, Quiet, Refusal};
+use super::view::{Lent, Quiet, Refusal, WANTED};
 use crate::error::Error;
 use crate::kernel::Role;
 use crate::kernel::batch::{Batch, Piece, Work};
@@ -38,7 +38,7 @@ use crate::threads::default_threads;
 #[pyclass(extends = StepOptions, subclass, frozen, weakref, module = "rmsprop._core")]
 pub(crate) struct Optimizer {
     param_groups: Mutex<Py<PyList>>,
-    contents: Turns<Contents>,
+    contents: Turns<ArraySession>,
 }
 
 /// A group that is to be added: its dict, and the names of its parameters, each a string or None.
@@ -48,7 +48,7 @@ type NewGroup<'py> = (Bound<'py, PyDict>, Bound<'py, PyList>);
 const BYTES_A_PARAMETER: usize = size_of::<Param>() + 1024;
 
 /// What one thread at a time works on.
-struct Contents {
+struct ArraySession {
     groups: Vec<Group>,
     params: Vec<Param>,
     /// Some can only be read after Python code has run.
@@ -86,7 +86,7 @@ impl Optimizer {
         _args: &Bound<'_, PyTuple>,
         _kwargs: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        let contents = Contents {
+        let contents = ArraySession {
             groups: Vec::new(),
             params: Vec::new(),
             has_foreign: false,
@@ -416,12 +416,12 @@ fn check_names(mapping: &Bound<'_, PyMapping>, params: &[Param]) -> PyResult<()>
 
 /// State that a step creates for options that were switched on, and takes back should it fail: group,
 /// half, key.
-type Fresh = Vec<(usize, usize, StateKey)>;
+type Created = Vec<(usize, usize, StateKey)>;
 
 /// Another tuple of parameters for a group, and those that are new, by index.
 type Replaced = (Py<PyTuple>, Vec<(usize, Param)>);
 
-impl Contents {
+impl ArraySession {
     fn group_of(&self, index: usize) -> PyResult<usize> {
         let mut groups = self.groups.iter();
         let group = groups.position(|group| group.range.contains(&index));
@@ -440,8 +440,8 @@ impl Contents {
         grads: &Grads<'_>,
         options: &Values,
     ) -> PyResult<Verdict> {
-        let mut fresh = Fresh::new();
-        let read = self.read_groups(py, dicts, &mut fresh);
+        let mut created = Created::new();
+        let read = self.read_groups(py, dicts, &mut created);
         let outcome = read.and_then(|()| self.step_groups(py, grads, options));
         if !matches!(
             outcome,
@@ -450,7 +450,7 @@ impl Contents {
                 ..
             })
         ) {
-            self.take_back(&fresh);
+            self.take_back(&created);
         }
         outcome
     }
@@ -490,7 +490,7 @@ impl Contents {
         &mut self,
         py: Python<'_>,
         dicts: &Bound<'_, PyList>,
-        fresh: &mut Fresh,
+        created: &mut Created,
     ) -> PyResult<()> {
         if dicts.len() != self.groups.len() {
             return Err(PyValueError::new_err(format!(
@@ -508,7 +508,7 @@ impl Contents {
                 )));
             };
             if self.groups[index].options.follow(Front::Arrays, dict) == Change::Other {
-                self.read_group(py, index, dict, fresh)?;
+                self.read_group(py, index, dict, created)?;
             }
         }
         Ok(())
@@ -520,7 +520,7 @@ impl Contents {
         py: Python<'_>,
         index: usize,
         dict: &Bound<'_, PyDict>,
-        fresh: &mut Fresh,
+        created: &mut Created,
     ) -> PyResult<()> {
         let place = format!(" of group {index}");
         let options = GroupOptions::read(Front::Arrays, dict, &place)?;
@@ -548,7 +548,7 @@ impl Contents {
         if let Some(replaced) = replaced {
             self.rebind(index, replaced);
         }
-        self.adopt(index, new, fresh);
+        self.adopt(index, new, created);
         self.groups[index].options = options;
         Ok(())
     }
@@ -601,10 +601,10 @@ impl Contents {
     }
 
     /// Takes state that a group was missing, and notes what it was.
-    fn adopt(&mut self, index: usize, new: NewState, fresh: &mut Fresh) {
+    fn adopt(&mut self, index: usize, new: NewState, created: &mut Created) {
         for (half, new) in new.iter().enumerate() {
             for (key, buffer) in StateKey::ALL.into_iter().zip(new) {
-                fresh.extend(buffer.as_ref().map(|_| (index, half, key)));
+                created.extend(buffer.as_ref().map(|_| (index, half, key)));
             }
         }
         let group = &mut self.groups[index];
@@ -615,8 +615,8 @@ impl Contents {
     }
 
     /// Lets go of state that a step had created and did not use.
-    fn take_back(&mut self, fresh: &Fresh) {
-        for &(index, half, key) in fresh {
+    fn take_back(&mut self, created: &Created) {
+        for &(index, half, key) in created {
             let group = &mut self.groups[index];
             group.halves[half].state[key as usize] = None;
             group.options.forget();
@@ -666,7 +666,7 @@ impl Contents {
         items: Option<&Py<PyAny>>,
         options: &Values,
     ) -> Result<Verdict, Refused> {
-        let Contents {
+        let ArraySession {
             groups,
             params,
             steps,
@@ -678,7 +678,7 @@ impl Contents {
             held,
             ..
         } = self;
-        let mut check = Check {
+        let mut check = ArrayCheck {
             groups,
             params,
             steps,
@@ -860,7 +860,7 @@ impl Contents {
             new.push(group.missing(py, &group.options.config, is_wanted)?);
         }
         for (index, new) in new.into_iter().enumerate() {
-            self.adopt(index, new, &mut Fresh::new());
+            self.adopt(index, new, &mut Created::new());
         }
         let mut pairs = Vec::new();
         for (index, key, value) in values {
@@ -926,7 +926,7 @@ impl Contents {
         for param in &mut self.params[..old] {
             let _ = param.source.renew(py);
         }
-        let Contents {
+        let ArraySession {
             groups,
             params,
             destinations,
@@ -1006,7 +1006,7 @@ fn state_extents(groups: &[Group]) -> Vec<(String, Extent)> {
 
 /// The second part of a step: looks at all memory as it is now, and makes it work for the kernel.
 /// Nothing is written.
-struct Check<'x> {
+struct ArrayCheck<'x> {
     groups: &'x [Group],
     params: &'x mut [Param],
     steps: &'x [u64],
@@ -1016,7 +1016,7 @@ struct Check<'x> {
     retired: &'x mut Vec<Py<PyAny>>,
 }
 
-impl Check<'_> {
+impl ArrayCheck<'_> {
     /// All groups. `items` are the list or tuple of gradients that was given.
     fn all<'w>(
         &mut self,

@@ -23,15 +23,15 @@ use crate::kernel::DType;
 use crate::kernel::stage::MAX_DIMS;
 
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Device {
+#[derive(Clone, Copy)]
+struct Device {
     kind: i32,
     id: i32,
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct DataType {
+#[derive(Clone, Copy)]
+struct DataType {
     code: u8,
     bits: u8,
     lanes: u16,
@@ -43,7 +43,7 @@ impl Device {
         matches!(self.kind, 1 | 3 | 11)
     }
 
-    pub fn name(self) -> String {
+    fn name(self) -> String {
         let name = match self.kind {
             2 => "cuda",
             4 => "opencl",
@@ -73,7 +73,7 @@ impl DataType {
         }
     }
 
-    pub fn name(self) -> String {
+    fn name(self) -> String {
         let DataType { code, bits, lanes } = self;
         let base = match code {
             0 => "int",
@@ -148,7 +148,7 @@ struct ExchangeTable {
     managed_allocator: *const c_void,
     managed_from_object: *const c_void,
     managed_to_object: *const c_void,
-    tensor_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut RawTensor) -> c_int>,
+    tensor_from_object: Option<Read>,
     current_work_stream: *const c_void,
 }
 
@@ -179,7 +179,7 @@ impl RawTensor {
         is_known_to_fit: bool,
     ) -> Result<View<'q>, Refusal> {
         if !self.device.is_host() {
-            return Err(Refusal::Device(self.device));
+            return Err(Refusal::Device(self.device.name()));
         }
         let ndim = self.ndim()?;
         let lens = |lens: *const i64| match (ndim, lens.is_null()) {
@@ -191,7 +191,7 @@ impl RawTensor {
         let shape = lens(self.shape).ok_or(Refusal::Shape)?;
         let Some(element) = self.dtype.element() else {
             return Err(Refusal::DType(Box::new(Found {
-                dtype: FoundType::DLPack(self.dtype),
+                dtype: FoundType::DLPack(self.dtype.name()),
                 shape: shape.into(),
             })));
         };
@@ -208,20 +208,16 @@ impl RawTensor {
     }
 }
 
-/// A type's DLPack C exchange API: reads a tensor of that very type without a capsule.
-pub(crate) struct Exchange {
-    /// Never followed.
-    class: *mut ffi::PyTypeObject,
-    table: NonNull<ExchangeTable>,
-}
+/// The borrowed read of a C exchange API.
+type Read = unsafe extern "C" fn(*mut c_void, *mut RawTensor) -> c_int;
 
-// SAFETY: the table is constant and lives as long as the process; its functions are called with the
-// GIL held.
-#[allow(unsafe_code)]
-unsafe impl Send for Exchange {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl Sync for Exchange {}
+/// A type's DLPack C exchange API: reads a tensor of that very type without a capsule.
+#[derive(Clone, Copy)]
+pub(crate) struct Exchange {
+    /// The address of the type, which is compared and never followed.
+    class: usize,
+    read: Read,
+}
 
 impl Exchange {
     /// The table that the object's type offers, if it does and if it may be used on this object.
@@ -237,10 +233,10 @@ impl Exchange {
         let class = object.get_type();
         let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
         let is_it = |(kept, exchange): &&(Py<PyWeakrefReference>, Exchange)| {
-            exchange.class == class.as_type_ptr() && kept.bind(py).upgrade().is_some()
+            exchange.is_of(class.as_type_ptr()) && kept.bind(py).upgrade().is_some()
         };
         if let Some((_, found)) = known().iter().find(is_it) {
-            return Ok(Some(found.copied()));
+            return Ok(Some(*found));
         }
         let found = Exchange::find(&class)?;
         if let Some(found) = &found {
@@ -250,15 +246,11 @@ impl Exchange {
                 .into_iter()
                 .partition(|(kept, _)| kept.bind(py).upgrade().is_some());
             *known = alive;
-            known.push((kept, found.copied()));
+            known.push((kept, *found));
             drop(known);
             drop::<Vec<_>>(dead);
         }
         Ok(found)
-    }
-
-    fn copied(&self) -> Self {
-        Exchange { ..*self }
     }
 
     /// The table that this very class offers; `torch.nn.Parameter` may use its base's.
@@ -292,22 +284,21 @@ impl Exchange {
         // SAFETY: the specification makes the capsule's pointer a table that begins with this
         // header, chained to older tables or null, all alive as long as the process; a table of our
         // major version has our layout. The borrowed read is optional.
-        let can_read = unsafe {
+        let read = unsafe {
             while !header.is_null() && (*header).version.major != MAJOR {
                 header = (*header).previous;
             }
             let table = header.cast::<ExchangeTable>().as_ref();
-            table.is_some_and(|table| table.tensor_from_object.is_some())
+            table.and_then(|table| table.tensor_from_object)
         };
-        let table = NonNull::new(header.cast_mut().cast()).filter(|_| can_read);
-        let class = class.as_type_ptr();
-        Ok(table.map(|table| Exchange { class, table }))
+        let class = class.as_type_ptr() as usize;
+        Ok(read.map(|read| Exchange { class, read }))
     }
 
     /// Whether objects of a type can be read.
     #[inline]
     pub fn is_of(&self, class: *mut ffi::PyTypeObject) -> bool {
-        self.class == class
+        self.class == class as usize
     }
 
     /// Reads a tensor. The memory is the object's: who uses it any longer keeps the object.
@@ -329,13 +320,10 @@ impl Exchange {
             return Err(Refusal::Unreadable);
         }
         let mut raw = std::mem::MaybeUninit::<RawTensor>::uninit();
-        // SAFETY: the function is there, as `find` saw, and the object is of the table's type. On
+        // SAFETY: the function is the table's, and the object is of the table's type. On
         // success the tensor is filled in; its lengths are the object's, and no Python code runs.
         unsafe {
-            let function = self.table.as_ref().tensor_from_object;
-            let failed =
-                function.is_none_or(|read| read(object.as_ptr().cast(), raw.as_mut_ptr()) != 0);
-            if failed {
+            if (self.read)(object.as_ptr().cast(), raw.as_mut_ptr()) != 0 {
                 drop(PyErr::take(quiet.py()));
                 return Err(Refusal::Unreadable);
             }
@@ -441,7 +429,7 @@ pub(crate) fn import(object: &Bound<'_, PyAny>) -> Result<Managed, Refusal> {
         let wrong = |_| Refusal::Type("a DLPack device", class_name(&device));
         let (kind, id) = device.extract::<(i32, i32)>().map_err(wrong)?;
         if !(Device { kind, id }).is_host() {
-            return Err(Refusal::Device(Device { kind, id }));
+            return Err(Refusal::Device(Device { kind, id }.name()));
         }
     }
     let keywords = PyDict::new(py);

@@ -62,7 +62,7 @@ pub(crate) struct Flat {
     /// If all of them had a gradient when they were moved.
     pub grad: Option<Buffer>,
     /// How many parameters have left.
-    pub strays: Arc<AtomicUsize>,
+    pub departed: Arc<AtomicUsize>,
 }
 
 /// State that is to be added, by type and key.
@@ -210,9 +210,9 @@ impl Group {
             _ if half.numel == 0 => true,
             Some(Flat {
                 grad: Some(_),
-                strays,
+                departed,
                 ..
-            }) => strays.load(Ordering::Relaxed) == 0,
+            }) => departed.load(Ordering::Relaxed) == 0,
             _ => false,
         })
     }
@@ -296,7 +296,7 @@ impl Flat {
             Some(_) => Some(Buffer::new(py, dtype, numel, 0.0, place_of(4))?),
             None => None,
         };
-        let strays = Arc::new(AtomicUsize::new(0));
+        let departed = Arc::new(AtomicUsize::new(0));
         let mut homes = Vec::new();
         for (k, param) in members().enumerate() {
             let Source::Parameter(parameter, ..) = &param.source else {
@@ -312,10 +312,17 @@ impl Flat {
                 (Some(grad), Some(grads)) => Some(settle(grad, &grads[k])?.into_any()),
                 _ => parameter.get().grad(py).map(Bound::unbind),
             };
-            let slot = Slot::new(home, grad_home, Arc::clone(&strays));
+            let slot = Slot::new(home, grad_home, Arc::clone(&departed));
             homes.push((parameter.clone_ref(py), slot));
         }
-        Ok(Some((Flat { data, grad, strays }, homes)))
+        Ok(Some((
+            Flat {
+                data,
+                grad,
+                departed,
+            },
+            homes,
+        )))
     }
 }
 

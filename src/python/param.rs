@@ -11,12 +11,10 @@ use super::overlap::{Extent, Written};
 use super::parameter::Parameter;
 use super::source::{GradientNow, Source};
 use super::view::{
-    Access, Element, Found, FoundType, Header, Mark, Quiet, Refusal, View, c_strides, is_equal,
+    Access, Element, Found, FoundType, Header, Mark, Quiet, Refusal, View, WANTED, c_strides,
+    is_equal,
 };
 use crate::kernel::DType;
-
-/// What a message wants where nothing is known of the parameter.
-pub(crate) const WANTED: &str = "a float32 or float64 array";
 
 /// A parameter of an optimizer.
 pub(crate) struct Param {

@@ -9,9 +9,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::param::WANTED;
-use super::source::{as_array, refuse_mask};
-use super::view::{LentArray, Quiet, Refusal, View};
+use super::view::{LentArray, Quiet, Refusal, View, WANTED, as_array, refuse_mask};
 
 /// The Rust part of `rmsprop.Parameter`, which documents it.
 #[pyclass(subclass, frozen, weakref, module = "rmsprop._core")]
@@ -33,21 +31,21 @@ pub(crate) struct Slot {
     pub data: Py<PyUntypedArray>,
     pub grad: Option<Py<PyAny>>,
     /// How many parameters of these buffers have been given another array, or another gradient.
-    pub strays: Arc<AtomicUsize>,
-    is_stray: bool,
+    pub departed: Arc<AtomicUsize>,
+    has_left: bool,
 }
 
 impl Slot {
     pub fn new(
         data: Py<PyUntypedArray>,
         grad: Option<Py<PyAny>>,
-        strays: Arc<AtomicUsize>,
+        departed: Arc<AtomicUsize>,
     ) -> Self {
         Slot {
             data,
             grad,
-            strays,
-            is_stray: false,
+            departed,
+            has_left: false,
         }
     }
 }
@@ -61,12 +59,12 @@ impl Fields {
             (None, None) => true,
             _ => false,
         };
-        let is_stray = !(slot.data.is(&self.data) && is_grad);
-        if is_stray != slot.is_stray {
-            slot.is_stray = is_stray;
-            match is_stray {
-                true => slot.strays.fetch_add(1, Relaxed),
-                false => slot.strays.fetch_sub(1, Relaxed),
+        let has_left = !(slot.data.is(&self.data) && is_grad);
+        if has_left != slot.has_left {
+            slot.has_left = has_left;
+            match has_left {
+                true => slot.departed.fetch_add(1, Relaxed),
+                false => slot.departed.fetch_sub(1, Relaxed),
             };
         }
     }
@@ -119,9 +117,9 @@ impl Parameter {
         );
         let left = fields.slot.replace(slot);
         drop(fields);
-        if let Some(left) = left.filter(|left| !left.is_stray) {
-            // For the optimizer it leaves it is a stray for good.
-            left.strays.fetch_add(1, Relaxed);
+        if let Some(left) = left.filter(|left| !left.has_left) {
+            // For the optimizer it leaves it is gone for good.
+            left.departed.fetch_add(1, Relaxed);
         }
         drop((data, grad));
     }

@@ -8,7 +8,9 @@ use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::dlpack::{self, Exchange, Managed};
 use super::parameter::Parameter;
-use super::view::{Header, Lent, LentArray, Quiet, Refusal, View, learn_dtype};
+use super::view::{
+    Header, Lent, LentArray, Quiet, Refusal, View, as_array, learn_dtype, refuse_mask,
+};
 
 /// An object, and how to read its memory.
 pub(crate) enum Source {
@@ -266,32 +268,10 @@ impl<'q> GradientNow<'q> {
     }
 }
 
-/// `numpy.asarray`.
-pub(crate) fn as_array<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let numpy = object.py().import(intern!(object.py(), "numpy"))?;
-    let array = numpy.call_method1(intern!(object.py(), "asarray"), (object,))?;
-    Ok(array.cast_into()?)
-}
-
 /// NumPy's scalars are buffers and would pass for arrays without dimensions.
 fn is_scalar(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     let numpy = object.py().import(intern!(object.py(), "numpy"))?;
     object.is_instance(&numpy.getattr(intern!(object.py(), "generic"))?)
-}
-
-/// Refuses masked arrays: a step would not see the mask.
-pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Refusal> {
-    let py = object.py();
-    if object.get_type().is(py.get_type::<PyUntypedArray>()) {
-        return Ok(());
-    }
-    let masked = py
-        .import(intern!(py, "numpy.ma"))?
-        .getattr(intern!(py, "MaskedArray"))?;
-    match object.is_instance(&masked)? {
-        true => Err(Refusal::Masked),
-        false => Ok(()),
-    }
 }
 
 /// The error for something that changed while a step was under way.

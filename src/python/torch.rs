@@ -38,22 +38,22 @@ use crate::threads::{Threads, threads_from_environment};
 
 /// Steps torch tensors; `rmsprop.torch.RMSprop` has one.
 #[pyclass(extends = StepOptions, frozen, module = "rmsprop._core")]
-pub(crate) struct Stepper(Turns<Contents>);
+pub(crate) struct Stepper(Turns<TensorSession>);
 
 /// What one thread at a time works on.
-struct Contents {
+struct TensorSession {
     /// What the dicts of the groups hold, lists of parameters included, to compare.
-    groups: Vec<Group>,
+    groups: Vec<TensorGroup>,
     /// Kept from step to step so that a step allocates nothing; empty between steps.
     pairs: Vec<Pair>,
-    tensors: Tensors,
+    tensors: Noted,
     batch: Batch,
     /// Parameters that there was room for.
     room: usize,
 }
 
 /// A parameter group as last read.
-struct Group {
+struct TensorGroup {
     options: GroupOptions,
     params: Py<PyList>,
     /// Torch's own flags leave it to torch.
@@ -68,13 +68,13 @@ struct Pair {
     index: usize,
     p: Py<PyAny>,
     g: Py<PyAny>,
-    state: State,
+    state: StateAt,
     /// No sign or conjugation is pending.
     is_sure: bool,
 }
 
 /// Where the state of a parameter is found.
-enum State {
+enum StateAt {
     /// In `opt.state`, probably the next entry.
     Next,
     /// In this dict.
@@ -85,7 +85,7 @@ enum State {
 
 /// What a step notes of its tensors besides the work.
 #[derive(Default)]
-struct Tensors {
+struct Noted {
     counts: Vec<Count>,
     /// State that is written; and of a long step the tensors of the counts, of which autograd is not
     /// told.
@@ -123,10 +123,10 @@ impl From<PyErr> for Unfit {
 impl Stepper {
     #[new]
     fn new() -> PyResult<PyClassInitializer<Self>> {
-        let stepper = Stepper(Turns::new(Contents {
+        let stepper = Stepper(Turns::new(TensorSession {
             groups: Vec::new(),
             pairs: Vec::new(),
-            tensors: Tensors::default(),
+            tensors: Noted::default(),
             batch: Batch::new(code_of(isa()?)?),
             room: 0,
         }));
@@ -259,7 +259,7 @@ impl Stepper {
     }
 }
 
-impl Contents {
+impl TensorSession {
     fn step(
         &mut self,
         torch: &Torch,
@@ -277,7 +277,7 @@ impl Contents {
             is_apart: false,
         };
         loop {
-            let Contents {
+            let TensorSession {
                 groups,
                 pairs,
                 tensors,
@@ -289,7 +289,7 @@ impl Contents {
             let mut left = Vec::new();
             let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
                 let state = Lent::of(quiet, state);
-                let mut check = Check {
+                let mut check = TensorCheck {
                     torch,
                     groups,
                     pairs,
@@ -315,7 +315,7 @@ impl Contents {
     fn measure(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(f64, bool), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
-        let Contents {
+        let TensorSession {
             groups,
             pairs,
             tensors,
@@ -327,7 +327,7 @@ impl Contents {
         let mut doubts = Doubts::default();
         let found = Quiet::during(py, |quiet| {
             let state = Lent::of(quiet, state);
-            let mut check = Check {
+            let mut check = TensorCheck {
                 torch,
                 groups,
                 pairs,
@@ -354,7 +354,7 @@ impl Contents {
         for (k, dict) in dicts.iter().enumerate() {
             let dict = dict.cast_into::<PyDict>().map_err(PyErr::from)?;
             self.read_group(k, &dict)?;
-            let Group {
+            let TensorGroup {
                 params, is_left, ..
             } = &self.groups[k];
             let (params, is_left) = (params.bind(dict.py()).clone(), *is_left);
@@ -421,10 +421,10 @@ impl Contents {
             return Ok(false);
         }
         let state = match wanted.only {
-            None => State::Next,
+            None => StateAt::Next,
             // The walk would begin at the first for each.
             Some(_) => match wanted.state.get_item(&p)? {
-                Some(entry) => State::Entry(entry.unbind()),
+                Some(entry) => StateAt::Entry(entry.unbind()),
                 None => return Ok(false),
             },
         };
@@ -453,7 +453,7 @@ impl Contents {
         self.groups.truncate(k);
         let options = GroupOptions::read(Front::Torch, dict, &format!(" of group {k}"))?;
         let params = dict.as_any().get_item(intern!(dict.py(), "params"))?;
-        self.groups.push(Group {
+        self.groups.push(TensorGroup {
             options,
             params: params.cast_into::<PyList>()?.unbind(),
             is_left: is_left_to_torch(dict)?,
@@ -530,7 +530,7 @@ impl Contents {
     }
 }
 
-impl Tensors {
+impl Noted {
     fn release(&mut self, py: Python<'_>) {
         self.counts.clear();
         for tensor in self.written.drain(..).chain(self.held.drain(..)) {
@@ -546,7 +546,7 @@ impl Pair {
             index,
             p: row.get_item(0)?.unbind(),
             g: row.get_item(1)?.unbind(),
-            state: State::Tuple(row.clone().unbind()),
+            state: StateAt::Tuple(row.clone().unbind()),
             // Whoever made the row has looked.
             is_sure: true,
         })
@@ -567,11 +567,11 @@ struct Doubts {
 
 /// The second part of a step: looks at all tensors as they are now, and makes them work for the
 /// kernel. Nothing is written.
-struct Check<'x> {
+struct TensorCheck<'x> {
     torch: &'x Torch,
-    groups: &'x [Group],
+    groups: &'x [TensorGroup],
     pairs: &'x [Pair],
-    tensors: &'x mut Tensors,
+    tensors: &'x mut Noted,
     doubts: &'x mut Doubts,
     /// Parameters of a type that only torch steps, with all that it needs.
     left: &'x mut Vec<usize>,
@@ -579,7 +579,7 @@ struct Check<'x> {
     can_leave: bool,
 }
 
-impl Check<'_> {
+impl TensorCheck<'_> {
     /// All pairs.
     fn all<'w, 'q>(
         &mut self,
@@ -597,9 +597,9 @@ impl Check<'_> {
             for k in start..group.end.max(start) {
                 let pair = &self.pairs[k];
                 let entry = match &pair.state {
-                    State::Next => walk.find(quiet, Lent::of(quiet, &pair.p), config),
-                    State::Entry(entry) => Entry::of_dict(quiet, Lent::of(quiet, entry), config),
-                    State::Tuple(tuple) => Some(Entry::of_tuple(quiet, Lent::of(quiet, tuple))),
+                    StateAt::Next => walk.find(quiet, Lent::of(quiet, &pair.p), config),
+                    StateAt::Entry(entry) => Entry::of_dict(quiet, Lent::of(quiet, entry), config),
+                    StateAt::Tuple(tuple) => Some(Entry::of_tuple(quiet, Lent::of(quiet, tuple))),
                 };
                 steps.extend(entry.and_then(|entry| entry.step));
                 self.pair(quiet, &mut work, k, entry, config, &mut rules);
@@ -671,7 +671,7 @@ impl Check<'_> {
         // elements with each other, which is why they are updated by the caller alone unless
         // `Work::is_apart`.
         unsafe { row.push(work, pair.index, rule) };
-        let Tensors {
+        let Noted {
             counts, written, ..
         } = &mut *self.tensors;
         counts.push(count);
@@ -705,7 +705,7 @@ impl Count {
     #[allow(unsafe_code)]
     fn read(self) -> f64 {
         // SAFETY: `new` found an aligned element of this type there, and its tensor is held or left
-        // alone until the step is over: a count is made in `Check::pair` and used before that ends,
+        // alone until the step is over: a count is made in `TensorCheck::pair` and used before that ends,
         // and once more after the run, before any Python code runs or while it is held.
         unsafe {
             match self.dtype {

@@ -18,15 +18,14 @@ use numpy::npyffi::{
 use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::PyTypeInfo;
 use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
-use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyFloatMethods, PyString, PyStringMethods};
+use pyo3::{ffi, intern};
 use smallvec::SmallVec;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering::Relaxed};
 
-use super::dlpack;
 use super::overlap::{Extent, OutOfMemory};
 use crate::kernel::DType;
 use crate::kernel::stage::MAX_DIMS;
@@ -550,6 +549,28 @@ impl Mark {
     }
 }
 
+/// `numpy.asarray`.
+pub(crate) fn as_array<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let numpy = object.py().import(intern!(object.py(), "numpy"))?;
+    let array = numpy.call_method1(intern!(object.py(), "asarray"), (object,))?;
+    Ok(array.cast_into()?)
+}
+
+/// Refuses masked arrays: a step would not see the mask.
+pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Refusal> {
+    let py = object.py();
+    if object.get_type().is(py.get_type::<PyUntypedArray>()) {
+        return Ok(());
+    }
+    let masked = py
+        .import(intern!(py, "numpy.ma"))?
+        .getattr(intern!(py, "MaskedArray"))?;
+    match object.is_instance(&masked)? {
+        true => Err(Refusal::Masked),
+        false => Ok(()),
+    }
+}
+
 /// NumPy's number for bfloat16, which a package registers; 0 until one is seen.
 static BFLOAT16: AtomicI32 = AtomicI32::new(0);
 
@@ -607,6 +628,9 @@ impl<'q> View<'q> {
     }
 }
 
+/// What a message wants where nothing is known of the parameter.
+pub(crate) const WANTED: &str = "a float32 or float64 array";
+
 /// What a message says was found.
 #[derive(Debug)]
 pub(crate) struct Found {
@@ -618,7 +642,7 @@ pub(crate) struct Found {
 pub(crate) enum FoundType {
     Known(Element),
     NumPy(Py<PyArrayDescr>),
-    DLPack(dlpack::DataType),
+    DLPack(String),
 }
 
 impl Found {
@@ -627,7 +651,7 @@ impl Found {
         let dtype = match &self.dtype {
             FoundType::Known(element) => element.name().to_owned(),
             FoundType::NumPy(descr) => descr.bind(py).to_string(),
-            FoundType::DLPack(dtype) => dtype.name(),
+            FoundType::DLPack(dtype) => dtype.clone(),
         };
         let lens: Vec<String> = self.shape.iter().map(i64::to_string).collect();
         let comma = if lens.len() == 1 { "," } else { "" };
@@ -658,7 +682,7 @@ pub(crate) enum Refusal {
     OverlapsItself,
     /// Shares elements with another array of its parameter.
     Overlaps,
-    Device(dlpack::Device),
+    Device(String),
     /// A library says that it cannot be read.
     Unreadable,
     /// A sign or conjugation is pending.
@@ -739,7 +763,7 @@ impl Refusal {
                 "an array whose elements do not overlap",
                 &format!("{} whose elements overlap", found()),
             ),
-            Refusal::Device(device) => value_error("an array in host memory", &device.name()),
+            Refusal::Device(device) => value_error("an array in host memory", &device),
             Refusal::Unreadable => {
                 // A tensor without storage (torch's "meta" among others) says so by its device.
                 let text = |name| object.getattr(name).map(|value| value.to_string());
