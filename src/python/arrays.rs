@@ -935,7 +935,8 @@ impl ArraySession {
         } = self;
         let checked = Quiet::during(py, |quiet| {
             for param in &mut params[..old] {
-                param.refresh_unwritten(quiet, retired);
+                param.source.follow(quiet, retired);
+                param.refresh_unwritten(quiet);
             }
             destinations.check(params, state_extents(groups))
         });
@@ -1065,11 +1066,16 @@ impl ArrayCheck<'_> {
             let gradient = self.gradients[index].now(quiet, items, index);
             let param = &mut self.params[index];
             self.stepped[index] = !matches!(gradient, GradientNow::None);
-            let has_moved = match gradient {
-                GradientNow::None => param.refresh_unwritten(quiet, self.retired),
-                GradientNow::Unknown => return Err(Refused::Collect),
-                _ => param
-                    .refresh(quiet, self.retired)
+            if let GradientNow::Unknown = gradient {
+                return Err(Refused::Collect);
+            }
+            param.source.follow(quiet, self.retired);
+            let mark = param.unchanged(quiet);
+            let has_moved = match (mark, self.stepped[index]) {
+                (Some(_), _) => false,
+                (None, false) => param.refresh_unwritten(quiet),
+                (None, true) => param
+                    .recheck(quiet)
                     .map_err(|refusal| Refused::Parameter(index, refusal))?,
             };
             if has_moved {
@@ -1079,7 +1085,7 @@ impl ArrayCheck<'_> {
                 continue;
             }
             let rule = rules.get(work, param.dtype, config, self.steps[index]);
-            match param.simple_pair(quiet, gradient) {
+            match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
                 None => self.push(quiet, work, index, gradient, rule)?,
             }

@@ -125,15 +125,16 @@ impl Param {
         found.describe(py)
     }
 
-    /// The header of the parameter's array, if it says what it said when it was last checked.
+    /// What the header of the parameter's array says, if that is what it said when it was last
+    /// checked.
     #[inline]
-    pub fn unchanged<'q>(&'q self, quiet: &'q Quiet<'_>) -> Option<Header<'q>> {
+    pub fn unchanged(&self, quiet: &Quiet<'_>) -> Option<Mark> {
         let header = Header::of(self.source.array(quiet)?);
         let mark = header.mark();
         let is_it = self.seen.mark == Some(mark)
             && is_equal(header.shape, &self.shape)
             && (mark.is_contiguous_like(mark) || self.has_strides(header.strides, 1));
-        is_it.then_some(header)
+        is_it.then_some(mark)
     }
 
     fn has_strides(&self, strides: &[i64], unit: usize) -> bool {
@@ -143,23 +144,13 @@ impl Param {
         strides.eq(self.seen.strides.iter().copied())
     }
 
-    /// Looks whether the parameter is what it was, and if not whether it still can be written. True
-    /// if it has moved.
-    #[inline]
-    pub fn refresh(
-        &mut self,
-        quiet: &Quiet<'_>,
-        retired: &mut Vec<Py<PyAny>>,
-    ) -> Result<bool, Refusal> {
-        self.source.follow(quiet, retired);
-        match self.unchanged(quiet).is_some() {
-            true => Ok(false),
-            false => self.recheck(quiet),
-        }
-    }
-
+    /// Takes note of what a parameter that changed is now, if it still can be written. True if it has
+    /// moved.
+    ///
+    /// # Errors
+    /// It cannot be written.
     #[cold]
-    fn recheck(&mut self, quiet: &Quiet<'_>) -> Result<bool, Refusal> {
+    pub fn recheck(&mut self, quiet: &Quiet<'_>) -> Result<bool, Refusal> {
         let view = self.source.view(quiet)?;
         self.check_like(&view)?;
         let is_walked_as_seen = view.strides().eq(self.seen.strides.iter().copied());
@@ -184,13 +175,14 @@ impl Param {
     /// Takes note of where the parameter is without minding what has become of it: it is not
     /// written now. True if it has moved.
     #[inline]
-    pub fn refresh_unwritten(&mut self, quiet: &Quiet<'_>, retired: &mut Vec<Py<PyAny>>) -> bool {
-        self.refresh(quiet, retired).unwrap_or_else(|_| {
-            // Whatever it is now, it is nowhere that this step looks at, and must be checked anew
-            // before it is written.
-            self.seen.mark = None;
-            std::mem::take(&mut self.seen.data) != 0
-        })
+    pub fn refresh_unwritten(&mut self, quiet: &Quiet<'_>) -> bool {
+        self.unchanged(quiet).is_none()
+            && self.recheck(quiet).unwrap_or_else(|_| {
+                // Whatever it is now, it is nowhere that this step looks at, and must be checked
+                // anew before it is written.
+                self.seen.mark = None;
+                std::mem::take(&mut self.seen.data) != 0
+            })
     }
 
     /// Takes the place of another parameter, whose type and shape it must have.
@@ -237,20 +229,17 @@ impl Param {
         )
     }
 
-    /// The addresses of the parameter and of a gradient that need no closer look: arrays of one
-    /// type, walked alike, the parameter as it was.
+    /// The addresses of the parameter, whose header says `mine`, and of a gradient that needs no
+    /// closer look: arrays of one type, walked alike.
     #[inline]
-    pub fn simple_pair(&self, quiet: &Quiet<'_>, gradient: GradientNow<'_>) -> Option<[usize; 2]> {
-        if !self.seen.is_like_state {
-            return None;
-        }
-        let mine = Header::of(self.source.array(quiet)?);
-        let its = gradient.header()?;
-        let (my_mark, its_mark) = (mine.mark(), its.mark());
-        (its_mark.is_of_type(my_mark)
-            && its_mark.is_aligned()
-            && its_mark.is_contiguous_like(my_mark)
-            && is_equal(its.shape, &self.shape))
+    pub fn simple_pair(&self, mine: Mark, gradient: GradientNow<'_>) -> Option<[usize; 2]> {
+        let header = gradient.header()?;
+        let its = header.mark();
+        (self.seen.is_like_state
+            && its.is_of_type(mine)
+            && its.is_aligned()
+            && its.is_contiguous_like(mine)
+            && is_equal(header.shape, &self.shape))
         .then_some([mine.data, its.data])
     }
 

@@ -525,7 +525,7 @@ impl<'q> Header<'q> {
 /// What an array's header said at another time. It is compared, and never followed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Mark {
-    data: usize,
+    pub data: usize,
     descr: usize,
     flags: i32,
 }
