@@ -84,8 +84,6 @@ pub(crate) struct Batch {
     ends: Vec<usize>,
     /// The sums of squares of the norm's chunks, as bits.
     squares: Vec<AtomicU64>,
-    /// Where the gradients of a norm's chunk are brought together.
-    together: Vec<f64>,
     /// Where arrays begin and end, and whether they are written.
     #[cfg(feature = "python")]
     spans: Vec<(usize, usize, bool)>,
@@ -113,7 +111,6 @@ impl Batch {
             is_mixed: false,
             ends: Vec::new(),
             squares: Vec::new(),
-            together: Vec::new(),
             #[cfg(feature = "python")]
             spans: Vec::new(),
         }
@@ -132,7 +129,6 @@ impl Batch {
         self.rules.try_reserve(parameters)?;
         self.ends.clear();
         self.ends.try_reserve(parameters)?;
-        self.together.try_reserve(norm::CHUNK)?;
         self.squares.clear();
         self.squares.try_reserve(numel.div_ceil(norm::CHUNK))
     }
@@ -291,11 +287,7 @@ impl<'a> Work<'_, 'a> {
         let count = threads.count_for(self.batch.bytes / STREAMS);
         if count <= 1 {
             let mut sum = 0.0;
-            let mut together = std::mem::take(&mut self.batch.together);
-            together.resize(norm::CHUNK, 0.0);
-            let add = |_, square| sum += square;
-            self.batch.squares_of(0..chunks, &mut together, add);
-            self.batch.together = together;
+            self.batch.squares_of(0..chunks, |_, square| sum += square);
             return sum;
         }
         self.batch.index();
@@ -306,7 +298,7 @@ impl<'a> Work<'_, 'a> {
             let note = |chunk: usize, square: f64| {
                 batch.squares[chunk].store(square.to_bits(), Relaxed);
             };
-            batch.squares_of(part * TOGETHER..end, &mut [0.0; norm::CHUNK], note);
+            batch.squares_of(part * TOGETHER..end, note);
         });
         let squares = batch.squares.iter();
         squares.fold(0.0, |sum, square| {
@@ -319,18 +311,14 @@ impl<'a> Work<'_, 'a> {
     pub fn find_nonfinite(&mut self) -> Option<(usize, usize, f64)> {
         self.batch.sort();
         let batch = &*self.batch;
-        let mut buffer = [0.0; STAGE];
-        for piece in &batch.pieces {
-            for start in (0..piece.numel).step_by(STAGE) {
-                let end = (start + STAGE).min(piece.numel);
-                batch.fill_gradient(piece, start, end, &mut buffer);
-                let found = buffer[..end - start].iter().position(|x| !x.is_finite());
-                if let Some(i) = found {
-                    return Some((piece.index as usize, start + i, buffer[i]));
-                }
-            }
-        }
-        None
+        batch.pieces.iter().find_map(|piece| {
+            with_rule!(&batch.rules[piece.rule as usize], rule => {
+                batch.each_stretch(rule, piece, (0, piece.numel), |start, g| {
+                    let i = g.iter().position(|x| !x.to_f64().is_finite())?;
+                    Some((piece.index as usize, start + i, g[i].to_f64()))
+                })
+            })
+        })
     }
 
     /// Scales all gradients by the clipping factor.
@@ -467,52 +455,36 @@ impl Batch {
         unsafe { form.sweep(self.code_now, &piece.arrays, start..start + len, rule) };
     }
 
-    /// Copies the gradient's elements `start..end` to the front of `buffer`, rounded to the compute
-    /// type and widened again.
+    /// Calls `look(start, elements)` for stretches of a piece's gradient from `start` to `end`, in
+    /// order, until it returns something.
     #[allow(unsafe_code)]
-    fn fill_gradient(&self, piece: &Piece, start: usize, end: usize, buffer: &mut [f64]) {
-        fn widen<T: Real>(from: &[T], to: &mut [f64]) {
-            for (x, y) in from.iter().zip(to) {
-                *y = x.to_f64();
-            }
-        }
-        fn fill<T: Real>(
-            rule: &Rule<T>,
-            (piece, form): (&Piece, Option<&Form>),
-            (start, end): (usize, usize),
-            buffer: &mut [f64],
-        ) {
-            let g = piece.arrays[Role::Gradient as usize].cast_const();
-            let Some(form) = form else {
-                // SAFETY: as in `squares_of`.
-                let g = unsafe { elements(rule, g, start, end - start) };
-                return widen(g, buffer);
-            };
-            let mut rounded = [T::ZERO; STAGE];
-            for (start, buffer) in (start..end).step_by(STAGE).zip(buffer.chunks_mut(STAGE)) {
-                let part = start..(start + STAGE).min(end);
-                let len = part.len();
-                // SAFETY: by the contract of `push` the gradient is of this form.
-                unsafe { form.fill(Role::Gradient, g, part, &mut rounded) };
-                widen(&rounded[..len], buffer);
-            }
-        }
-        let form = self.forms.get(piece.form as usize);
-        with_rule!(&self.rules[piece.rule as usize], rule => {
-            fill(rule, (piece, form), (start, end), buffer);
-        });
+    fn each_stretch<T: Real, R>(
+        &self,
+        _: &Rule<T>,
+        piece: &Piece,
+        (start, end): (usize, usize),
+        mut look: impl FnMut(usize, &[T]) -> Option<R>,
+    ) -> Option<R> {
+        let g = piece.arrays[Role::Gradient as usize].cast_const();
+        let Some(form) = self.forms.get(piece.form as usize) else {
+            // SAFETY: by the contract of `push` a dense gradient is valid for `numel` elements of the
+            // rule's type.
+            let g = unsafe { std::slice::from_raw_parts(g.cast::<T>().add(start), end - start) };
+            return look(start, g);
+        };
+        let mut buffer = [T::ZERO; STAGE];
+        (start..end).step_by(STAGE).find_map(|start| {
+            let part = start..(start + STAGE).min(end);
+            let len = part.len();
+            // SAFETY: by the contract of `push` the gradient is of this form.
+            unsafe { form.fill(Role::Gradient, g, part, &mut buffer) };
+            look(start, &buffer[..len])
+        })
     }
 
-    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range; in `together`,
-    /// which is one long, the gradients of a chunk are brought together if they are not. Needs `ends`
+    /// Calls `work(chunk, sum of squares)` for each of the norm's chunks in the range. Needs `ends`
     /// unless the range starts at 0.
-    #[allow(unsafe_code)]
-    fn squares_of(
-        &self,
-        chunks: std::ops::Range<usize>,
-        together: &mut [f64],
-        mut work: impl FnMut(usize, f64),
-    ) {
+    fn squares_of(&self, chunks: std::ops::Range<usize>, mut work: impl FnMut(usize, f64)) {
         let mut index = match chunks.start {
             0 => 0,
             start => self.ends.partition_point(|&end| end <= start * norm::CHUNK),
@@ -524,30 +496,23 @@ impl Batch {
         };
         for chunk in chunks {
             let wanted = norm::CHUNK.min(self.numel - chunk * norm::CHUNK);
-            let mut filled = 0;
+            let (mut sums, mut filled) = (norm::NONE, 0);
             while filled < wanted {
                 let piece = &self.pieces[index];
                 let len = (piece.numel - at).min(wanted - filled);
-                if len == wanted && piece.form == Piece::DENSE {
-                    let g = piece.arrays[Role::Gradient as usize].cast_const();
-                    let square = with_rule!(&self.rules[piece.rule as usize], rule => {
-                        // SAFETY: by the contract of `push` a dense gradient is valid for `numel`
-                        // elements of the rule's type.
-                        self.code_now.sum_squares(unsafe { elements(rule, g, at, len) })
+                with_rule!(&self.rules[piece.rule as usize], rule => {
+                    self.each_stretch(rule, piece, (at, at + len), |start, g| {
+                        self.code_now.add_squares(&mut sums, filled + (start - at), g);
+                        None::<()>
                     });
-                    work(chunk, square);
-                } else {
-                    self.fill_gradient(piece, at, at + len, &mut together[filled..filled + len]);
-                    if filled + len == wanted {
-                        work(chunk, self.code_now.sum_squares(&together[..wanted]));
-                    }
-                }
+                });
                 filled += len;
                 at += len;
                 if at == piece.numel {
                     (index, at) = (index + 1, 0);
                 }
             }
+            work(chunk, norm::total(sums));
         }
     }
 }
@@ -611,15 +576,4 @@ unsafe fn dense<'a, T: Real>(
             b: &mut *slice(b, rule.has_momentum()),
         }
     }
-}
-
-/// Some elements of a dense array of a rule's type.
-///
-/// # Safety
-/// In `'a` they are valid for reads, and nobody writes them.
-#[inline(always)]
-#[allow(unsafe_code)]
-unsafe fn elements<'a, T>(_: &Rule<T>, array: *const u8, start: usize, len: usize) -> &'a [T] {
-    // SAFETY: passed on to the caller.
-    unsafe { std::slice::from_raw_parts(array.cast::<T>().add(start), len) }
 }

@@ -1,6 +1,6 @@
 //! Which instruction set runs, and the floating-point mode it runs in.
 //!
-//! Nothing here computes: every function below is [`update::sweep_all`] or [`norm::sum_squares`]
+//! Nothing here computes: every function below is [`update::sweep_all`] or [`norm::add_squares`]
 //! compiled once more. LLVM vectorises them; where intrinsics gain something, the formula is
 //! compiled for lanes that are made of them ([`avx512`](super::avx512)).
 //!
@@ -168,17 +168,17 @@ impl Code {
         }
     }
 
-    /// The sum of the squares of at most [`norm::CHUNK`] elements.
+    /// Adds the squares of the elements of a chunk from `at` on to its sums.
     #[cfg_attr(target_arch = "x86_64", allow(unsafe_code))]
-    pub fn sum_squares<T: Real>(self, g: &[T]) -> f64 {
+    pub fn add_squares<T: Real>(self, sums: &mut norm::Sums, at: usize, g: &[T]) {
         match self {
-            Code::Scalar | Code::Baseline => norm::sum_squares(g),
+            Code::Scalar | Code::Baseline => norm::add_squares(sums, at, g),
             // SAFETY: the proof.
             #[cfg(target_arch = "x86_64")]
-            Code::Avx2(_) => unsafe { sum_squares_avx2(g) },
+            Code::Avx2(_) => unsafe { add_squares_avx2(sums, at, g) },
             // SAFETY: the proof.
             #[cfg(target_arch = "x86_64")]
-            Code::Avx512(..) => unsafe { sum_squares_avx512(g) },
+            Code::Avx512(..) => unsafe { add_squares_avx512(sums, at, g) },
         }
     }
 }
@@ -240,14 +240,14 @@ fn sweep_avx512<'a, T: Real>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn sum_squares_avx2<T: Real>(g: &[T]) -> f64 {
-    norm::sum_squares(g)
+fn add_squares_avx2<T: Real>(sums: &mut norm::Sums, at: usize, g: &[T]) {
+    norm::add_squares(sums, at, g);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,avx512f,avx512vl,avx512bw,avx512dq")]
-fn sum_squares_avx512<T: Real>(g: &[T]) -> f64 {
-    norm::sum_squares(g)
+fn add_squares_avx512<T: Real>(sums: &mut norm::Sums, at: usize, g: &[T]) {
+    norm::add_squares(sums, at, g);
 }
 
 /// The control bits of a thread's floating-point unit: rounding mode, flush to zero.

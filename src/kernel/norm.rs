@@ -13,21 +13,36 @@ pub(crate) const CHUNK: usize = 4096;
 /// Independent sums within a chunk: as many as keep two 512-bit adders busy.
 const LANES: usize = 32;
 
-/// The sum of squares of one chunk, in `f64`.
+/// The sums of a chunk so far, in `f64`.
+pub(super) type Sums = [f64; LANES];
+
+/// No sums yet.
+pub(super) const NONE: Sums = [0.0; LANES];
+
+/// Adds the squares of the elements of a chunk from `at` on.
 #[inline(always)]
-pub(super) fn sum_squares<T: Real>(g: &[T]) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let (blocks, rest) = g.as_chunks::<LANES>();
+pub(super) fn add_squares<T: Real>(sums: &mut Sums, at: usize, g: &[T]) {
+    let mut lanes = *sums;
+    let square = |x: &T| x.to_f64() * x.to_f64();
+    let first = at % LANES;
+    let (head, g) = g.split_at(g.len().min((LANES - first) % LANES));
+    for (lane, x) in lanes[first..].iter_mut().zip(head) {
+        *lane += square(x);
+    }
+    let (blocks, tail) = g.as_chunks::<LANES>();
     for block in blocks {
         for (lane, x) in lanes.iter_mut().zip(block) {
-            let x = x.to_f64();
-            *lane += x * x;
+            *lane += square(x);
         }
     }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        let x = x.to_f64();
-        *lane += x * x;
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane += square(x);
     }
+    *sums = lanes;
+}
+
+/// The sum of the squares of a chunk.
+pub(super) fn total(mut lanes: Sums) -> f64 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
