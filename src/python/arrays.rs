@@ -184,7 +184,7 @@ impl Optimizer {
         let groups = this.groups(py);
         let mut turn = this.contents.wait(py)?;
         let outcome = turn.step(py, &groups, &grads, &options.values());
-        turn.release();
+        turn.release(py);
         drop(turn);
         match outcome? {
             Verdict {
@@ -804,10 +804,10 @@ impl ArraySession {
     }
 
     /// Lets go of what a step held.
-    fn release(&mut self) {
+    fn release(&mut self, py: Python<'_>) {
         if std::mem::take(&mut self.is_holding) {
             let gradients = self.gradients.iter_mut();
-            gradients.for_each(|gradient| *gradient = Gradient::default());
+            gradients.for_each(|gradient| gradient.release(py));
             let params = self.params.iter_mut();
             params.for_each(|param| param.source.release());
         }
@@ -894,7 +894,7 @@ impl ArraySession {
         self.stepped.resize(self.params.len(), false);
         self.gradients
             .resize_with(self.params.len(), Gradient::default);
-        self.release();
+        self.release(py);
         added
     }
 

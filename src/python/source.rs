@@ -4,7 +4,7 @@ use numpy::PyUntypedArray;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyMemoryView;
-use pyo3::{PyTraverseError, PyVisit, intern};
+use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, intern};
 
 use super::dlpack::{self, Exchange, Managed};
 use super::parameter::Parameter;
@@ -29,6 +29,12 @@ impl Source {
     /// Finds out what an object is. Runs Python code.
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Source, Refusal> {
         let py = object.py();
+        if object.get_type_ptr() == PyUntypedArray::type_object_raw(py)
+            && let Ok(array) = object.cast::<PyUntypedArray>()
+        {
+            learn_dtype(array);
+            return Ok(Source::Array(array.clone().unbind()));
+        }
         if let Ok(parameter) = object.cast::<Parameter>() {
             let (data, version) = parameter.get().data_and_version(py);
             let parameter = parameter.clone().unbind();
@@ -187,7 +193,16 @@ impl Gradient {
     /// Takes a gradient: whatever a parameter may be, read-only or in a legacy capsule too; None; or
     /// a NumPy scalar, which is what NumPy's reductions return for a parameter without dimensions.
     /// Runs Python code.
+    #[inline]
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Refusal> {
+        match object.get_type_ptr() == PyUntypedArray::type_object_raw(object.py()) {
+            true => Source::of(object).map(Gradient::Held),
+            false => Self::of_other(object),
+        }
+    }
+
+    /// As [`Gradient::of`], of what is no plain array.
+    fn of_other(object: &Bound<'_, PyAny>) -> Result<Self, Refusal> {
         if object.is_none() {
             return Ok(Gradient::None);
         }
@@ -201,6 +216,15 @@ impl Gradient {
             source = Source::Array(data);
         }
         Ok(Gradient::Held(source))
+    }
+
+    /// Lets go of it.
+    #[inline]
+    pub fn release(&mut self, py: Python<'_>) {
+        if let Gradient::Held(Source::Array(array)) = std::mem::take(self) {
+            // Bound, so that dropping the reference need not find out whether the GIL is held.
+            drop(array.into_bound(py));
+        }
     }
 
     /// As it is where nothing runs Python code; `items` are the list or tuple that was given.

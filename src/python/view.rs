@@ -575,12 +575,14 @@ pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Refusal> {
 static BFLOAT16: AtomicI32 = AtomicI32::new(0);
 
 /// Learns the number of an array's dtype if it is a bfloat16. May run Python code.
-#[cold]
+#[inline]
 pub(crate) fn learn_dtype(array: &Bound<'_, PyUntypedArray>) {
     let dtype = array.dtype();
-    let is_bfloat16 = || dtype.typeobj().name().is_ok_and(|name| name == "bfloat16");
-    if dtype.num() >= NPY_TYPES::NPY_USERDEF as i32 && dtype.itemsize() == 2 && is_bfloat16() {
-        BFLOAT16.store(dtype.num(), Relaxed);
+    if dtype.num() >= NPY_TYPES::NPY_USERDEF as i32 {
+        let is_bfloat16 = dtype.typeobj().name().is_ok_and(|name| name == "bfloat16");
+        if is_bfloat16 && dtype.itemsize() == 2 {
+            BFLOAT16.store(dtype.num(), Relaxed);
+        }
     }
 }
 
