@@ -8,18 +8,15 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use pyo3::exceptions::{
-    PyAttributeError, PyFloatingPointError, PyIndexError, PyKeyError, PyMemoryError, PyTypeError,
-    PyValueError,
-};
+use pyo3::exceptions::{PyAttributeError, PyIndexError, PyKeyError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 
-use super::error::check_room;
+use super::error::{check_room, nonfinite};
 use super::group::{DTYPES, Group, NewState, flatten, half_of};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
-use super::overlap::Extent;
+use super::overlap::{Extent, OutOfMemory};
 use super::param::{Destinations, Param, Refused};
 use super::row;
 use super::source::{Gradient, GradientNow, Source, has_changed};
@@ -761,10 +758,7 @@ impl ArraySession {
             index = next;
         }
         let culprit = self.params[index].culprit("gradient", index);
-        let found = found.to_string().to_lowercase();
-        PyFloatingPointError::new_err(format!(
-            "{culprit}: expected finite values, got {found} at element {element}"
-        ))
+        nonfinite(&culprit, found, Some(element))
     }
 
     /// The error for what was refused. Runs Python code.
@@ -797,9 +791,7 @@ impl ArraySession {
                 PyValueError::new_err(format!("state of group {index}: {wanted}, {found}"))
             }
             Refused::Collect => has_changed("gradients"),
-            Refused::OutOfMemory => {
-                PyMemoryError::new_err("not enough memory to check whether arrays overlap")
-            }
+            Refused::OutOfMemory => OutOfMemory.into(),
         }
     }
 

@@ -26,3 +26,13 @@ pub(crate) fn check_room(bytes: usize) -> PyResult<()> {
         PyMemoryError::new_err("not enough memory for what an optimizer keeps of its parameters")
     })
 }
+
+/// The error for a gradient that is not finite, and which of its elements it is, if that is known.
+#[cold]
+pub(crate) fn nonfinite(culprit: &str, found: f64, element: Option<usize>) -> PyErr {
+    let found = found.to_string().to_lowercase();
+    let place = element.map_or_else(String::new, |element| format!(" at element {element}"));
+    PyFloatingPointError::new_err(format!(
+        "{culprit}: expected finite values, got {found}{place}"
+    ))
+}

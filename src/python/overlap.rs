@@ -7,6 +7,8 @@
 
 use std::collections::BinaryHeap;
 
+use pyo3::PyErr;
+use pyo3::exceptions::PyMemoryError;
 use smallvec::SmallVec;
 
 /// Where the elements of an array are. Strides are in bytes.
@@ -333,6 +335,12 @@ pub(crate) struct Written {
 /// Not enough memory to tell.
 #[derive(Debug)]
 pub(crate) struct OutOfMemory;
+
+impl From<OutOfMemory> for PyErr {
+    fn from(_: OutOfMemory) -> Self {
+        PyMemoryError::new_err("not enough memory to check whether arrays overlap")
+    }
+}
 
 impl Written {
     /// Sorts the bounds of the arrays with these indices.

@@ -12,13 +12,12 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use pyo3::exceptions::PyFloatingPointError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 use smallvec::SmallVec;
 
-use super::error::check_room;
+use super::error::{check_room, nonfinite};
 use super::options::{
     Change, Front, GroupOptions, StepOptions, Values, culprit_in, is_left_to_torch,
 };
@@ -161,9 +160,9 @@ impl Stepper {
     ///
     /// Returns whether there was a step (False if it was left out for `nonfinite`); a tuple of the
     /// indices of parameters that are left to be stepped by torch's own `rmsprop`, for they are of a
-    /// type that only that takes; or, with nothing written, a list of the indices of parameters that are not ordinary and not in `rows`: no plain
-    /// tensors of float32, float64 or complex ones in host memory, without state, with a pending
-    /// sign.
+    /// type that only that takes; or, with nothing written, a list of the indices of parameters that
+    /// are not ordinary and not in `rows`: no plain tensors of float32, float64 or complex ones in
+    /// host memory, without state, with a pending sign.
     #[pyo3(signature = (groups, state, only = None, rows = None, gathered = None))]
     fn step<'py>(
         slf: &Bound<'py, Self>,
@@ -277,29 +276,12 @@ impl TensorSession {
             is_apart: false,
         };
         loop {
-            let TensorSession {
-                groups,
-                pairs,
-                tensors,
-                batch,
-                ..
-            } = self;
             let state = wanted.state.as_unbound();
             let mut doubts = Doubts::default();
             let mut left = Vec::new();
+            let (check, batch) = self.check(torch, &mut doubts, &mut left, can_leave);
             let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
-                let state = Lent::of(quiet, state);
-                let mut check = TensorCheck {
-                    torch,
-                    groups,
-                    pairs,
-                    tensors,
-                    doubts: &mut doubts,
-                    left: &mut left,
-                    can_leave,
-                };
-                let work = check.all(quiet, batch.open(), state)?;
-                let counts = &tensors.counts;
+                let (work, counts) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
                 Ok((work, || counts.iter().for_each(Count::increment)))
             });
             match verdict {
@@ -315,33 +297,37 @@ impl TensorSession {
     fn measure(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(f64, bool), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
-        let TensorSession {
-            groups,
-            pairs,
-            tensors,
-            batch,
-            ..
-        } = self;
-        pairs.iter_mut().for_each(|pair| pair.is_sure = true);
+        self.pairs.iter_mut().for_each(|pair| pair.is_sure = true);
         let state = wanted.state.as_unbound();
-        let mut doubts = Doubts::default();
+        let (mut doubts, mut left) = (Doubts::default(), Vec::new());
+        let (check, batch) = self.check(torch, &mut doubts, &mut left, false);
         let found = Quiet::during(py, |quiet| {
-            let state = Lent::of(quiet, state);
-            let mut check = TensorCheck {
-                torch,
-                groups,
-                pairs,
-                tensors,
-                doubts: &mut doubts,
-                left: &mut Vec::new(),
-                can_leave: false,
-            };
-            let mut work = check.all(quiet, batch.open(), state)?;
+            let (mut work, _) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
             let squares = work.sum_squares(&Threads::CALLER);
             let has_nonfinite = !squares.is_finite() && work.find_nonfinite().is_some();
             Ok((squares, has_nonfinite))
         });
         found.map_err(|Stopped| Unfit::Odd(doubts.odd))
+    }
+
+    /// The check of what was collected, and what holds its work.
+    fn check<'x>(
+        &'x mut self,
+        torch: &'x Torch,
+        doubts: &'x mut Doubts,
+        left: &'x mut Vec<usize>,
+        can_leave: bool,
+    ) -> (TensorCheck<'x>, &'x mut Batch) {
+        let check = TensorCheck {
+            torch,
+            groups: &self.groups,
+            pairs: &self.pairs,
+            tensors: &mut self.tensors,
+            doubts,
+            left,
+            can_leave,
+        };
+        (check, &mut self.batch)
     }
 
     /// Reads the options as they are now, and takes the parameters and their gradients. May run
@@ -491,33 +477,27 @@ impl TensorSession {
         verdict: &Verdict,
     ) -> PyResult<()> {
         let py = dicts.py();
-        let Outcome::Raise {
-            index,
-            element,
-            found,
-        } = verdict.outcome
-        else {
-            return match verdict.outcome {
-                Outcome::Update => {
-                    let written = &mut self.tensors.written;
-                    written.extend(self.pairs.drain(..).map(|pair| pair.p));
-                    torch.increment_version(py, written.drain(..))
-                }
-                _ => Ok(()),
-            };
-        };
-        let culprit = match index {
-            ELSEWHERE => "a gradient of another process".to_owned(),
-            index => culprit_in(dicts, "gradient", index)?,
-        };
-        let found = found.to_string().to_lowercase();
-        let place = match index {
-            ELSEWHERE => String::new(),
-            _ => format!(" at element {element}"),
-        };
-        Err(PyFloatingPointError::new_err(format!(
-            "{culprit}: expected finite values, got {found}{place}"
-        )))
+        match verdict.outcome {
+            Outcome::Update => {
+                let written = &mut self.tensors.written;
+                written.extend(self.pairs.drain(..).map(|pair| pair.p));
+                torch.increment_version(py, written.drain(..))
+            }
+            Outcome::Skip => Ok(()),
+            Outcome::Raise {
+                index: ELSEWHERE,
+                found,
+                ..
+            } => Err(nonfinite("a gradient of another process", found, None)),
+            Outcome::Raise {
+                index,
+                element,
+                found,
+            } => {
+                let culprit = culprit_in(dicts, "gradient", index)?;
+                Err(nonfinite(&culprit, found, Some(element)))
+            }
+        }
     }
 
     /// Lets go of what a step held.
@@ -579,14 +559,14 @@ struct TensorCheck<'x> {
     can_leave: bool,
 }
 
-impl TensorCheck<'_> {
-    /// All pairs.
+impl<'x> TensorCheck<'x> {
+    /// All pairs. Gives back the work, and what it is to count up.
     fn all<'w, 'q>(
-        &mut self,
+        mut self,
         quiet: &'q Quiet<'_>,
         mut work: Work<'w, 'w>,
         state: Lent<'q>,
-    ) -> Result<Work<'w, 'w>, Stopped> {
+    ) -> Result<(Work<'w, 'w>, &'x [Count]), Stopped> {
         let mut walk = StateWalk::new(quiet, state);
         // The tensors of the counts, which only the dicts hold.
         let mut steps: SmallVec<[Lent<'_>; 32]> = SmallVec::new();
@@ -613,7 +593,8 @@ impl TensorCheck<'_> {
             let held = steps.iter().map(|step| step.hold(quiet));
             self.tensors.held.extend(held);
         }
-        Ok(work)
+        let tensors: &'x Noted = self.tensors;
+        Ok((work, &tensors.counts))
     }
 
     #[inline]

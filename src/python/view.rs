@@ -17,7 +17,7 @@ use numpy::npyffi::{
 };
 use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::PyTypeInfo;
-use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyFloatMethods, PyString, PyStringMethods};
 use pyo3::{ffi, intern};
@@ -781,9 +781,7 @@ impl Refusal {
                 "a tensor without a pending negation (resolve_neg() makes one)",
                 "one with",
             ),
-            Refusal::OutOfMemory => {
-                PyMemoryError::new_err("not enough memory to check whether arrays overlap")
-            }
+            Refusal::OutOfMemory => OutOfMemory.into(),
             Refusal::Type(wanted, found) => type_error(wanted, &found),
             Refusal::Value(wanted, found) => value_error(wanted, &found),
             Refusal::Python(error) => *error,
