@@ -15,6 +15,8 @@ pub(crate) mod rule;
 pub(crate) mod stage;
 mod update;
 
+#[cfg(feature = "python")]
+use crate::config::Config;
 use crate::state::StateKey;
 
 /// The arrays of a parameter by the symbols of the formula, in the order in which addresses,
@@ -51,6 +53,12 @@ impl Role {
             Role::GradAvg => Some(StateKey::GradAvg),
             Role::MomentumBuffer => Some(StateKey::MomentumBuffer),
         }
+    }
+
+    /// By role, whether a step with these options reads or writes it.
+    #[cfg(feature = "python")] // Rust's slices are pushed one key after the other.
+    pub fn used(config: &Config) -> [bool; ROLES] {
+        Role::ALL.map(|role| role.state_key().is_none_or(|key| key.is_used(config)))
     }
 
     /// Whether a step writes it.

@@ -22,11 +22,11 @@ use super::row;
 use super::source::{Gradient, GradientNow, Source, has_changed};
 use super::step::{self, Crew};
 use super::turn::Turns;
-use super::view::{Lent, Quiet, Refusal, WANTED};
+use super::view::{Failure, Lent, Quiet, Refusal, WANTED};
 use crate::error::Error;
-use crate::kernel::Role;
 use crate::kernel::batch::{Batch, Piece, Work};
 use crate::kernel::isa::isa;
+use crate::kernel::{ROLES, Role};
 use crate::optimizer::{Outcome, RuleCache, Verdict, code_of};
 use crate::state::StateKey;
 use crate::threads::default_threads;
@@ -251,19 +251,19 @@ impl Optimizer {
         let fits = gradient.and_then(|gradient| {
             Quiet::during(py, |quiet| {
                 let now = gradient.now(quiet, None, index);
-                let fits = now.view(quiet).and_then(|view| param.check_like(&view));
-                fits.map(|()| gradient)
-            })
+                now.view(quiet).and_then(|view| param.check_like(&view))
+            })?;
+            Ok(())
         });
-        let raise = |refusal: Refusal| {
-            let error = refusal.raise(culprit, &param.describe(py), value);
+        let raise = |failure: Failure| {
+            let error = failure.raise(culprit, &param.describe(), value);
             // State is data, not an argument: also the wrong type is a ValueError.
             match error.is_instance_of::<PyTypeError>(py) {
                 true => PyValueError::new_err(error.value(py).to_string()),
                 false => error,
             }
         };
-        fits.map(drop).map_err(raise)
+        fits.map_err(raise)
     }
 
     /// Gives the state of parameters other values, all at once: for each of the given ones a mapping
@@ -638,7 +638,7 @@ impl ArraySession {
                 let object = grads.of(py, param, index)?;
                 let gradient = Gradient::of(&object).map_err(|refusal| {
                     let culprit = param.culprit("gradient", index);
-                    refusal.raise(culprit, &param.describe(py), &object)
+                    refusal.raise(culprit, &param.describe(), &object)
                 })?;
                 self.gradients[index] = gradient;
             }
@@ -767,7 +767,7 @@ impl ArraySession {
             Refused::Parameter(index, refusal) => {
                 let param = &self.params[index];
                 let culprit = param.culprit("parameter", index);
-                let wanted = param.describe(py);
+                let wanted = param.describe();
                 refusal.raise(culprit, &wanted, param.object.bind(py))
             }
             Refused::Gradient(index, refusal) => {
@@ -778,11 +778,7 @@ impl ArraySession {
                     _ => None,
                 };
                 let object = object.unwrap_or_else(|| py.None().into_bound(py));
-                refusal.raise(
-                    param.culprit("gradient", index),
-                    &param.describe(py),
-                    &object,
-                )
+                refusal.raise(param.culprit("gradient", index), &param.describe(), &object)
             }
             Refused::Clash(clash) => self.destinations.raise(&self.params, &clash),
             Refused::State(index) => {
@@ -1079,7 +1075,7 @@ impl ArrayCheck<'_> {
             let rule = rules.get(work, param.dtype, config, self.steps[index]);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
-                None => self.push(quiet, work, index, gradient, rule)?,
+                None => self.push(quiet, work, index, gradient, (rule, Role::used(config)))?,
             }
         }
         Ok(())
@@ -1161,7 +1157,7 @@ impl ArrayCheck<'_> {
         work: &mut Work<'_, '_>,
         index: usize,
         gradient: GradientNow<'_>,
-        rule: u32,
+        (rule, uses): (u32, [bool; ROLES]),
     ) -> Result<(), Refused> {
         let in_gradient = |refusal| Refused::Gradient(index, refusal);
         let in_param = |refusal| Refused::Parameter(index, refusal);
@@ -1169,23 +1165,19 @@ impl ArrayCheck<'_> {
         let g = gradient.view(quiet).map_err(in_gradient)?;
         let is_floating = !g.element.is_complex && g.shape == &param.shape[..];
         if !is_floating {
-            let found = Box::new(g.found());
             return Err(in_gradient(match g.element.is_complex {
-                true => Refusal::DType(found),
-                false => Refusal::Unlike(found),
+                true => Refusal::DType,
+                false => Refusal::Unlike,
             }));
         }
         self.destinations
             .check_gradient(self.params, index, &g.extent())?;
         let read = |role: Role| match (role, role.state_key()) {
-            (Role::Parameter, _) => Some(param.source.view(quiet)),
-            (_, None) => Some(gradient.view(quiet)),
-            (_, Some(key)) => match param.state[key as usize] {
-                0 => None,
-                address => Some(param.state_view(quiet, address)),
-            },
+            (Role::Parameter, _) => param.source.view(quiet),
+            (_, None) => gradient.view(quiet),
+            (_, Some(key)) => param.state_view(quiet, param.state[key as usize]),
         };
-        let row = row::check(read).map_err(|(role, refusal)| match role {
+        let row = row::check(uses, read).map_err(|(role, refusal)| match role {
             Role::Gradient => in_gradient(refusal),
             _ => in_param(refusal),
         })?;

@@ -16,9 +16,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{ffi, intern};
 
-use super::view::{
-    Access, Element, Found, FoundType, Lent, Quiet, Refusal, View, c_strides, class_name,
-};
+use super::view::{Access, Element, Failure, Lent, Quiet, Refusal, View, c_strides, class_name};
 use crate::kernel::DType;
 use crate::kernel::stage::MAX_DIMS;
 
@@ -41,6 +39,10 @@ impl Device {
     /// Host memory; the pinned kinds are ordinary memory to a CPU.
     fn is_host(self) -> bool {
         matches!(self.kind, 1 | 3 | 11)
+    }
+
+    fn refuse(self) -> Failure {
+        Failure::Value("an array in host memory", self.name())
     }
 
     fn name(self) -> String {
@@ -179,7 +181,7 @@ impl RawTensor {
         is_known_to_fit: bool,
     ) -> Result<View<'q>, Refusal> {
         if !self.device.is_host() {
-            return Err(Refusal::Device(self.device.name()));
+            return Err(Refusal::Device);
         }
         let ndim = self.ndim()?;
         let lens = |lens: *const i64| match (ndim, lens.is_null()) {
@@ -190,10 +192,7 @@ impl RawTensor {
         };
         let shape = lens(self.shape).ok_or(Refusal::Shape)?;
         let Some(element) = self.dtype.element() else {
-            return Err(Refusal::DType(Box::new(Found {
-                dtype: FoundType::DLPack(self.dtype.name()),
-                shape: shape.into(),
-            })));
+            return Err(Refusal::DType);
         };
         let strides = lens(self.strides).or(strides).ok_or(Refusal::Unreadable)?;
         let data = match self.data as usize {
@@ -391,7 +390,14 @@ impl Drop for Handle {
 
 impl Managed {
     /// Checks that it is one that a step can use.
-    fn new(handle: Handle, access: Access) -> Result<Self, Refusal> {
+    fn new(handle: Handle, access: Access) -> Result<Self, Failure> {
+        let &RawTensor { device, dtype, .. } = handle.tensor();
+        if !device.is_host() {
+            return Err(device.refuse());
+        }
+        if dtype.element().is_none() {
+            return Err(Failure::Unwanted(dtype.name()));
+        }
         let mut managed = Managed {
             handle,
             access,
@@ -420,16 +426,16 @@ impl Managed {
 }
 
 /// Imports an object through `__dlpack__`. Runs Python code.
-pub(crate) fn import(object: &Bound<'_, PyAny>) -> Result<Managed, Refusal> {
+pub(crate) fn import(object: &Bound<'_, PyAny>) -> Result<Managed, Failure> {
     let py = object.py();
     let method = object
         .getattr(intern!(py, "__dlpack__"))
-        .map_err(|_| Refusal::NotAnArray)?;
+        .map_err(|_| Failure::from(Refusal::NotAnArray))?;
     if let Ok(device) = object.call_method0(intern!(py, "__dlpack_device__")) {
-        let wrong = |_| Refusal::Type("a DLPack device", class_name(&device));
+        let wrong = |_| Failure::Type("a DLPack device", class_name(&device));
         let (kind, id) = device.extract::<(i32, i32)>().map_err(wrong)?;
         if !(Device { kind, id }).is_host() {
-            return Err(Refusal::Device(Device { kind, id }.name()));
+            return Err(Device { kind, id }.refuse());
         }
     }
     let keywords = PyDict::new(py);
@@ -446,26 +452,26 @@ pub(crate) fn import(object: &Bound<'_, PyAny>) -> Result<Managed, Refusal> {
         let found = message.lines().next().unwrap_or_default();
         let wanted = "an array that exports its memory";
         match () {
-            _ if error.is_instance_of::<PyTypeError>(py) => Refusal::Type(wanted, found.to_owned()),
+            _ if error.is_instance_of::<PyTypeError>(py) => Failure::Type(wanted, found.to_owned()),
             _ if error.is_instance_of::<PyBufferError>(py)
                 || error.is_instance_of::<PyValueError>(py)
                 || error.is_instance_of::<PyRuntimeError>(py) =>
             {
-                Refusal::Value(wanted, found.to_owned())
+                Failure::Value(wanted, found.to_owned())
             }
-            _ => Refusal::from(error),
+            _ => Failure::from(error),
         }
     })?;
     let capsule = capsule
         .cast_into::<PyCapsule>()
-        .map_err(|error| Refusal::Type("a DLPack capsule", class_name(&error.into_inner())))?;
+        .map_err(|error| Failure::Type("a DLPack capsule", class_name(&error.into_inner())))?;
     take(&capsule)
 }
 
 /// Takes the tensor out of a capsule, as the specification says: the capsule is renamed, so it is
 /// used only once.
 #[allow(unsafe_code)]
-fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Managed, Refusal> {
+fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Managed, Failure> {
     let pointer = |name: &CStr| capsule.pointer_checked(Some(name)).ok();
     let rename = |name: &'static CStr| {
         // SAFETY: the object is a capsule and the name is static.
@@ -480,7 +486,7 @@ fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Managed, Refusal> {
         let (version, flags) = unsafe { (found.as_ref().version, found.as_ref().flags) };
         if version.major != MAJOR {
             let found = format!("version {}", version.major);
-            return Err(Refusal::Value("a DLPack 1.x capsule", found));
+            return Err(Failure::Value("a DLPack 1.x capsule", found));
         }
         let access = match flags {
             flags if flags & IS_COPIED != 0 => Access::Copy,
@@ -491,7 +497,7 @@ fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Managed, Refusal> {
     }
     let Some(found) = pointer(c"dltensor") else {
         let found = "a capsule that is none, or was used".into();
-        return Err(Refusal::Value("a DLPack capsule", found));
+        return Err(Failure::Value("a DLPack capsule", found));
     };
     rename(c"used_dltensor");
     Managed::new(Handle::Legacy(found.cast()), Access::Legacy)

@@ -11,8 +11,8 @@ use super::overlap::{Extent, Written};
 use super::parameter::Parameter;
 use super::source::{GradientNow, Source};
 use super::view::{
-    Access, Element, Found, FoundType, Header, Mark, Quiet, Refusal, View, WANTED, c_strides,
-    is_equal,
+    Access, Element, Failure, Header, Mark, Quiet, Refusal, View, WANTED, c_strides,
+    describe_array, is_equal,
 };
 use crate::kernel::DType;
 
@@ -56,9 +56,9 @@ impl Param {
     /// Reads a new parameter. `index` is for messages.
     pub fn new(object: &Bound<'_, PyAny>, name: Option<String>, index: usize) -> PyResult<Self> {
         let py = object.py();
-        let raise = |refusal: Refusal| {
+        let raise = |failure: Failure| {
             let culprit = culprit("parameter", index, name.as_deref());
-            refusal.raise(culprit, WANTED, object)
+            failure.raise(culprit, WANTED, object)
         };
         let source = Source::of(object).map_err(raise)?;
         let read = |quiet: &Quiet<'_>| {
@@ -117,12 +117,8 @@ impl Param {
     }
 
     /// "float32 of shape (64, 4)".
-    pub fn describe(&self, py: Python<'_>) -> String {
-        let found = Found {
-            dtype: FoundType::Known(Element::real(self.dtype)),
-            shape: self.shape.as_slice().into(),
-        };
-        found.describe(py)
+    pub fn describe(&self) -> String {
+        describe_array(Element::real(self.dtype).name(), &self.shape)
     }
 
     /// What the header of the parameter's array says, if that is what it said when it was last
@@ -194,7 +190,7 @@ impl Param {
         let result = Quiet::during(py, check);
         result.map_err(|refusal| {
             let culprit = self.culprit("parameter", index);
-            refusal.raise(culprit, &other.describe(py), self.object.bind(py))
+            refusal.raise(culprit, &other.describe(), self.object.bind(py))
         })?;
         (self.offset, self.state) = (other.offset, other.state);
         self.state_strides.clone_from(&other.state_strides);
@@ -207,11 +203,11 @@ impl Param {
     /// That an array has the parameter's type and shape.
     pub fn check_like(&self, view: &View<'_>) -> Result<(), Refusal> {
         if view.element != Element::real(self.dtype) {
-            return Err(Refusal::DType(Box::new(view.found())));
+            return Err(Refusal::DType);
         }
         match is_equal(view.shape, &self.shape) {
             true => Ok(()),
-            false => Err(Refusal::Unlike(Box::new(view.found()))),
+            false => Err(Refusal::Unlike),
         }
     }
 
@@ -255,12 +251,13 @@ impl Param {
 }
 
 /// That an array can be a parameter.
-fn check_new(view: &View<'_>) -> Result<(), Refusal> {
+fn check_new(view: &View<'_>) -> Result<(), Failure> {
     if view.element.is_complex || !view.element.is_compute_type() {
-        return Err(Refusal::DType(Box::new(view.found())));
+        let found = describe_array(view.element.name(), view.shape);
+        return Err(Failure::Unwanted(found));
     }
     view.check_writable()?;
-    check_apart(view)
+    Ok(check_apart(view)?)
 }
 
 /// That no two of its indices are the same element.

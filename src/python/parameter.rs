@@ -9,7 +9,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::view::{LentArray, Quiet, Refusal, View, WANTED, as_array, refuse_mask};
+use super::view::{Failure, LentArray, Quiet, Refusal, View, WANTED, as_array, refuse_mask};
 
 /// The Rust part of `rmsprop.Parameter`, which documents it.
 #[pyclass(subclass, frozen, weakref, module = "rmsprop._core")]
@@ -138,12 +138,12 @@ fn as_float_array(data: &Bound<'_, PyAny>) -> PyResult<Py<PyUntypedArray>> {
             let view = View::of_array(quiet, LentArray::of(quiet, &array))?;
             match view.element.is_compute_type() {
                 true => Ok(()),
-                false => Err(Refusal::DType(Box::new(view.found()))),
+                false => Err(Refusal::DType),
             }
         })?;
         Ok(array)
     };
-    read().map_err(|refusal: Refusal| refusal.raise("data of a Parameter", WANTED, data))
+    read().map_err(|failure: Failure| failure.raise("data of a Parameter", WANTED, data))
 }
 
 fn name_of(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {

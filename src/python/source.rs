@@ -9,7 +9,7 @@ use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, intern};
 use super::dlpack::{self, Exchange, Managed};
 use super::parameter::Parameter;
 use super::view::{
-    Header, Lent, LentArray, Quiet, Refusal, View, as_array, learn_dtype, refuse_mask,
+    Failure, Header, Lent, LentArray, Quiet, Refusal, View, as_array, learn_dtype, refuse_mask,
 };
 
 /// An object, and how to read its memory.
@@ -27,7 +27,7 @@ pub(crate) enum Source {
 
 impl Source {
     /// Finds out what an object is. Runs Python code.
-    pub fn of(object: &Bound<'_, PyAny>) -> Result<Source, Refusal> {
+    pub fn of(object: &Bound<'_, PyAny>) -> Result<Source, Failure> {
         let py = object.py();
         if object.get_type_ptr() == PyUntypedArray::type_object_raw(py)
             && let Ok(array) = object.cast::<PyUntypedArray>()
@@ -46,7 +46,7 @@ impl Source {
             return Ok(Source::Array(array.clone().unbind()));
         }
         if is_scalar(object)? {
-            return Err(Refusal::NotAnArray);
+            return Err(Refusal::NotAnArray.into());
         }
         if let Some(exchange) = Exchange::of(object)? {
             let source = Source::Exchange(Box::new((object.clone().unbind(), exchange)));
@@ -64,7 +64,7 @@ impl Source {
                 learn_dtype(&array);
                 Ok(Source::Array(array.unbind()))
             }
-            Err(_) => Err(Refusal::NotAnArray),
+            Err(_) => Err(Refusal::NotAnArray.into()),
         }
     }
 
@@ -87,7 +87,7 @@ impl Source {
     }
 
     /// Runs the Python code that a step needs of it: makes a new capsule, asks for a pending sign.
-    pub fn renew(&mut self, py: Python<'_>) -> Result<(), Refusal> {
+    pub fn renew(&mut self, py: Python<'_>) -> Result<(), Failure> {
         if let Source::Capsule(capsule) = self {
             capsule.1 = Some(dlpack::import(capsule.0.bind(py))?);
         }
@@ -102,7 +102,7 @@ impl Source {
     }
 
     /// Refuses torch's `z.conj().imag`, whose sign is in a bit that the memory does not show.
-    fn check_sign(&self, py: Python<'_>) -> Result<(), Refusal> {
+    fn check_sign(&self, py: Python<'_>) -> Result<(), Failure> {
         let Source::Exchange(exchanged) = self else {
             return Ok(());
         };
@@ -110,7 +110,7 @@ impl Source {
             if let Ok(is_pending) = exchanged.0.bind(py).call_method0(name)
                 && is_pending.is_truthy()?
             {
-                return Err(Refusal::Pending);
+                return Err(Refusal::Pending.into());
             }
         }
         Ok(())
@@ -194,7 +194,7 @@ impl Gradient {
     /// a NumPy scalar, which is what NumPy's reductions return for a parameter without dimensions.
     /// Runs Python code.
     #[inline]
-    pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Refusal> {
+    pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Failure> {
         match object.get_type_ptr() == PyUntypedArray::type_object_raw(object.py()) {
             true => Source::of(object).map(Gradient::Held),
             false => Self::of_other(object),
@@ -202,7 +202,7 @@ impl Gradient {
     }
 
     /// As [`Gradient::of`], of what is no plain array.
-    fn of_other(object: &Bound<'_, PyAny>) -> Result<Self, Refusal> {
+    fn of_other(object: &Bound<'_, PyAny>) -> Result<Self, Failure> {
         if object.is_none() {
             return Ok(Gradient::None);
         }

@@ -9,7 +9,6 @@
 //! before anything is written; Python says what is to be done with it (`rmsprop.fallback`), and the
 //! step is tried again.
 
-use std::cell::Cell;
 use std::collections::HashMap;
 
 use pyo3::prelude::*;
@@ -30,7 +29,7 @@ use super::view::{Entries, Lent, Quiet, Refusal, View};
 use crate::config::Config;
 use crate::kernel::batch::{Batch, Work};
 use crate::kernel::isa::isa;
-use crate::kernel::{DType, Role};
+use crate::kernel::{DType, ROLES, Role};
 use crate::optimizer::{ELSEWHERE, Gathered, Outcome, RuleCache, Verdict, code_of};
 use crate::state::StateKey;
 use crate::threads::{Threads, threads_from_environment};
@@ -246,8 +245,9 @@ impl Stepper {
             let (Some(p), Some(g)) = (item(0), item(1)) else {
                 return false;
             };
-            let read = |role| entry.read(quiet, torch, &config, [p, g], role);
-            entry.count(quiet, torch).is_some() && row::check(read).is_ok()
+            let read = |role| torch.view(quiet, entry.tensor([p, g], role)?);
+            let row = row::check(Role::used(&config), read);
+            entry.count(quiet, torch).is_some() && row.is_ok()
         }))
     }
 
@@ -297,7 +297,6 @@ impl TensorSession {
     fn measure(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(f64, bool), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
-        self.pairs.iter_mut().for_each(|pair| pair.is_sure = true);
         let state = wanted.state.as_unbound();
         let (mut doubts, mut left) = (Doubts::default(), Vec::new());
         let (check, batch) = self.check(torch, &mut doubts, &mut left, false);
@@ -574,6 +573,7 @@ impl<'x> TensorCheck<'x> {
         for group in self.groups {
             let mut rules = RuleCache::default();
             let config = &group.options.config;
+            let uses = Role::used(config);
             for k in start..group.end.max(start) {
                 let pair = &self.pairs[k];
                 let entry = match &pair.state {
@@ -582,7 +582,7 @@ impl<'x> TensorCheck<'x> {
                     StateAt::Tuple(tuple) => Some(Entry::of_tuple(quiet, Lent::of(quiet, tuple))),
                 };
                 steps.extend(entry.and_then(|entry| entry.step));
-                self.pair(quiet, &mut work, k, entry, config, &mut rules);
+                self.pair(quiet, &mut work, k, entry, (config, uses), &mut rules);
             }
             start = group.end.max(start);
         }
@@ -605,47 +605,38 @@ impl<'x> TensorCheck<'x> {
         work: &mut Work<'_, '_>,
         k: usize,
         entry: Option<Entry<'_>>,
-        config: &Config,
+        (config, uses): (&Config, [bool; ROLES]),
         rules: &mut RuleCache,
     ) {
         let pair = &self.pairs[k];
         let (p, g) = (Lent::of(quiet, &pair.p), Lent::of(quiet, &pair.g));
         let entry = entry.unwrap_or_default();
-        // Whether a sign is pending; None if only torch can tell.
-        let pending = Cell::new(Some(false));
         let read = |role: Role| {
-            let view = entry.read(quiet, self.torch, config, [p, g], role)?;
+            let view = self.torch.view(quiet, entry.tensor([p, g], role)?);
             if let Ok(view) = &view
                 && !pair.is_sure
             {
-                match self.torch.is_view_pending(quiet, view) {
-                    Some(false) => {}
-                    other => pending.set(other),
-                }
+                self.torch.refuse_pending(quiet, view)?;
             }
-            Some(view)
+            view
         };
-        let row = match row::check(read) {
+        let row = match row::check(uses, read) {
             Ok(row) => row,
-            Err((Role::Parameter, Refusal::DType(_)))
+            Err((Role::Parameter, Refusal::DType))
                 if self.can_leave && entry.is_complete(config) && config.is_torchs() =>
             {
                 return self.left.push(pair.index);
+            }
+            Err((_, Refusal::MaybePending)) => {
+                let tensors = [Some(p), Some(g)].into_iter().chain(entry.arrays);
+                let tensors = tensors.flatten().map(|tensor| tensor.hold(quiet)).collect();
+                return self.doubts.unsure.push((k, tensors));
             }
             Err(_) => return self.doubts.odd.push(pair.index),
         };
         let Some(count) = entry.count(quiet, self.torch) else {
             return self.doubts.odd.push(pair.index);
         };
-        match pending.get() {
-            Some(false) => {}
-            Some(true) => return self.doubts.odd.push(pair.index),
-            None => {
-                let tensors = [Some(p), Some(g)].into_iter().chain(entry.arrays);
-                let tensors = tensors.flatten().map(|tensor| tensor.hold(quiet)).collect();
-                return self.doubts.unsure.push((k, tensors));
-            }
-        }
         let rule = rules.get(work, row.dtype, config, count.read() as u64);
         // SAFETY: references to the tensors are held until the work is done, and to those of the counts
         // if that takes long; else nobody changes the dicts that hold them. Rows may share
@@ -742,26 +733,15 @@ impl<'q> Entry<'q> {
         }
     }
 
-    /// Reads the tensor of a role; None if the options do not use it.
+    /// The tensor of a role.
     #[inline(always)]
-    fn read(
-        &self,
-        quiet: &'q Quiet<'_>,
-        torch: &Torch,
-        config: &Config,
-        [p, g]: [Lent<'q>; 2],
-        role: Role,
-    ) -> Option<Result<View<'q>, Refusal>> {
+    fn tensor(&self, [p, g]: [Lent<'q>; 2], role: Role) -> Result<Lent<'q>, Refusal> {
         let tensor = match (role, role.state_key()) {
             (Role::Parameter, _) => Some(p),
             (_, None) => Some(g),
-            (_, Some(key)) if key.is_used(config) => self.arrays[key as usize],
-            _ => return None,
+            (_, Some(key)) => self.arrays[key as usize],
         };
-        Some(match tensor {
-            Some(tensor) => torch.view(quiet, tensor),
-            None => Err(Refusal::NotAnArray),
-        })
+        tensor.ok_or(Refusal::NotAnArray)
     }
 
     /// Reads the count of updates; None if it is none.

@@ -19,7 +19,7 @@ use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMet
 use pyo3::PyTypeInfo;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyFloat, PyFloatMethods, PyString, PyStringMethods};
+use pyo3::types::{PyFloat, PyFloatMethods, PyMemoryView, PyString, PyStringMethods};
 use pyo3::{ffi, intern};
 use smallvec::SmallVec;
 use std::marker::PhantomData;
@@ -444,14 +444,6 @@ impl<'q> View<'q> {
             (access, _) => Err(Refusal::Access(access)),
         }
     }
-
-    /// What a message calls it.
-    pub fn found(&self) -> Found {
-        Found {
-            dtype: FoundType::Known(self.element),
-            shape: self.shape.into(),
-        }
-    }
 }
 
 /// The strides of a C-contiguous array, in elements.
@@ -557,7 +549,7 @@ pub(crate) fn as_array<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, P
 }
 
 /// Refuses masked arrays: a step would not see the mask.
-pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Refusal> {
+pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Failure> {
     let py = object.py();
     if object.get_type().is(py.get_type::<PyUntypedArray>()) {
         return Ok(());
@@ -566,7 +558,7 @@ pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Refusal> {
         .import(intern!(py, "numpy.ma"))?
         .getattr(intern!(py, "MaskedArray"))?;
     match object.is_instance(&masked)? {
-        true => Err(Refusal::Masked),
+        true => Err(Refusal::Masked.into()),
         false => Ok(()),
     }
 }
@@ -600,15 +592,10 @@ impl<'q> View<'q> {
             num if num == NPY_TYPES::NPY_FLOAT as i32 => DType::F32,
             num if num == NPY_TYPES::NPY_DOUBLE as i32 => DType::F64,
             num if num > 0 && num == BFLOAT16.load(Relaxed) => DType::BF16,
-            _ => {
-                return Err(Refusal::DType(Box::new(Found {
-                    dtype: FoundType::NumPy(descr.unbind()),
-                    shape: header.shape.into(),
-                })));
-            }
+            _ => return Err(Refusal::DType),
         };
         if descr.is_native_byteorder() == Some(false) {
-            return Err(Refusal::ByteOrder(dtype, descr.unbind()));
+            return Err(Refusal::ByteOrder);
         }
         let access = match header.flags & NPY_ARRAY_WRITEABLE {
             0 => Access::ReadOnly,
@@ -633,49 +620,30 @@ impl<'q> View<'q> {
 /// What a message wants where nothing is known of the parameter.
 pub(crate) const WANTED: &str = "a float32 or float64 array";
 
-/// What a message says was found.
-#[derive(Debug)]
-pub(crate) struct Found {
-    pub dtype: FoundType,
-    pub shape: Box<[i64]>,
+/// "float32 of shape (64, 4)".
+pub(crate) fn describe_array(dtype: &str, shape: &[i64]) -> String {
+    let lens: Vec<String> = shape.iter().map(i64::to_string).collect();
+    let comma = if lens.len() == 1 { "," } else { "" };
+    format!("{dtype} of shape ({}{comma})", lens.join(", "))
 }
 
-#[derive(Debug)]
-pub(crate) enum FoundType {
-    Known(Element),
-    NumPy(Py<PyArrayDescr>),
-    DLPack(String),
-}
-
-impl Found {
-    /// "float32 of shape (64, 4)".
-    pub fn describe(&self, py: Python<'_>) -> String {
-        let dtype = match &self.dtype {
-            FoundType::Known(element) => element.name().to_owned(),
-            FoundType::NumPy(descr) => descr.bind(py).to_string(),
-            FoundType::DLPack(dtype) => dtype.clone(),
-        };
-        let lens: Vec<String> = self.shape.iter().map(i64::to_string).collect();
-        let comma = if lens.len() == 1 { "," } else { "" };
-        format!("{dtype} of shape ({}{comma})", lens.join(", "))
-    }
-}
-
-/// Why an object is not taken.
-#[derive(Debug)]
+/// Why an array is not taken: a plain value, for it is found where no Python code runs and each look
+/// at an array may find one. Only who raises describes it ([`Refusal::raise`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// Not of a type that could be.
     NotAnArray,
     /// A masked array, whose mask a step would not see.
     Masked,
-    DType(Box<Found>),
-    ByteOrder(DType, Py<PyArrayDescr>),
+    /// Of another element type.
+    DType,
+    ByteOrder,
     /// Impossible lengths, or more than memory holds.
     Shape,
     /// So many dimensions.
     Dimensions(i64),
     /// Another shape than the parameter's.
-    Unlike(Box<Found>),
+    Unlike,
     /// No address.
     NoMemory,
     Access(Access),
@@ -684,28 +652,19 @@ pub(crate) enum Refusal {
     OverlapsItself,
     /// Shares elements with another array of its parameter.
     Overlaps,
-    Device(String),
+    Device,
     /// A library says that it cannot be read.
     Unreadable,
     /// A sign or conjugation is pending.
     Pending,
+    /// Only its library can tell whether one is.
+    MaybePending,
     OutOfMemory,
-    /// A producer's `__dlpack__` did not do what it should: what that is, and what it did.
-    Type(&'static str, String),
-    Value(&'static str, String),
-    /// It raised.
-    Python(Box<PyErr>),
 }
 
 impl From<OutOfMemory> for Refusal {
     fn from(_: OutOfMemory) -> Self {
         Refusal::OutOfMemory
-    }
-}
-
-impl From<PyErr> for Refusal {
-    fn from(error: PyErr) -> Self {
-        Refusal::Python(Box::new(error))
     }
 }
 
@@ -718,90 +677,147 @@ impl Refusal {
         wanted: &str,
         object: &Bound<'_, PyAny>,
     ) -> PyErr {
-        let py = object.py();
         let type_error = |wanted: &str, found: &str| {
             PyTypeError::new_err(format!("{culprit}: expected {wanted}, got {found}"))
         };
         let value_error = |wanted: &str, found: &str| {
             PyValueError::new_err(format!("{culprit}: expected {wanted}, got {found}"))
         };
-        let found = || describe(object);
         match self {
             Refusal::NotAnArray => type_error(wanted, &class_name(object)),
             Refusal::Masked => type_error(
                 "an array without a mask (`.filled()` or `.data` gives one)",
                 &class_name(object),
             ),
-            Refusal::DType(found) => type_error(wanted, &found.describe(py)),
-            Refusal::ByteOrder(dtype, descr) => type_error(
-                &format!("native-endian {}", Element::real(dtype).name()),
-                &format!("byte-swapped {}", descr.bind(py)),
-            ),
+            Refusal::DType => type_error(wanted, &describe(object)),
+            Refusal::ByteOrder => {
+                let text = |name| attribute(object, name).unwrap_or_default();
+                let native = text("dtype.name");
+                type_error(
+                    &format!("native-endian {native}"),
+                    &format!("byte-swapped {}", text("dtype")),
+                )
+            }
             Refusal::Shape => value_error(
                 "a tensor that fits in memory",
                 "one with an impossible shape",
             ),
-            Refusal::Unlike(found) => value_error(wanted, &found.describe(py)),
+            Refusal::Unlike => value_error(wanted, &describe(object)),
             Refusal::Dimensions(found) => value_error(
                 &format!("a tensor of at most {MAX_DIMS} dimensions"),
                 &format!("one of {found}"),
             ),
             Refusal::NoMemory => value_error("a tensor with memory", "one without"),
-            Refusal::Access(access) => value_error(
-                "a writable array",
-                &match access {
-                    Access::Copy => format!("a copy of one of {}", found()),
-                    Access::Legacy => format!(
-                        "a legacy DLPack capsule, which may be immutable, of {}",
-                        found()
-                    ),
-                    _ => format!("a read-only one of {}", found()),
-                },
-            ),
-            Refusal::Unaligned => {
-                value_error("an aligned array", &format!("unaligned {}", found()))
+            Refusal::Access(access) => {
+                let found = describe(object);
+                let kind = match access {
+                    Access::Copy => "a copy of one",
+                    Access::Legacy => "a legacy DLPack capsule, which may be immutable,",
+                    _ => "a read-only one",
+                };
+                value_error("a writable array", &format!("{kind} of {found}"))
             }
+            Refusal::Unaligned => value_error(
+                "an aligned array",
+                &format!("unaligned {}", describe(object)),
+            ),
             Refusal::OverlapsItself | Refusal::Overlaps => value_error(
                 "an array whose elements do not overlap",
-                &format!("{} whose elements overlap", found()),
+                &format!("{} whose elements overlap", describe(object)),
             ),
-            Refusal::Device(device) => value_error("an array in host memory", &device),
+            Refusal::Device => {
+                let device = attribute(object, "device").unwrap_or_else(|| class_name(object));
+                value_error("an array in host memory", &device)
+            }
             Refusal::Unreadable => {
                 // A tensor without storage (torch's "meta" among others) says so by its device.
-                let text = |name| object.getattr(name).map(|value| value.to_string());
-                match (text("device"), text("layout")) {
-                    (Ok(device), _) if !device.starts_with("cpu") => {
+                match (attribute(object, "device"), attribute(object, "layout")) {
+                    (Some(device), _) if !device.starts_with("cpu") => {
                         value_error("an array in host memory", &device)
                     }
-                    (_, Ok(layout)) => type_error("a dense tensor in host memory", &layout),
+                    (_, Some(layout)) => type_error("a dense tensor in host memory", &layout),
                     _ => type_error("a dense tensor in host memory", &class_name(object)),
                 }
             }
-            Refusal::Pending => value_error(
+            Refusal::Pending | Refusal::MaybePending => value_error(
                 "a tensor without a pending negation (resolve_neg() makes one)",
                 "one with",
             ),
             Refusal::OutOfMemory => OutOfMemory.into(),
-            Refusal::Type(wanted, found) => type_error(wanted, &found),
-            Refusal::Value(wanted, found) => value_error(wanted, &found),
-            Refusal::Python(error) => *error,
         }
     }
 }
 
+/// Why an object gave no array where Python code ran to get one.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Refusal(Refusal),
+    /// Its producer has something else than what is wanted by whoever raises, and what.
+    Unwanted(String),
+    /// A producer did not do what it should: what that is, and what it did.
+    Type(&'static str, String),
+    Value(&'static str, String),
+    /// It raised.
+    Python(PyErr),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Failure::Refusal(refusal)
+    }
+}
+
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Failure::Python(error)
+    }
+}
+
+impl Failure {
+    /// As [`Refusal::raise`].
+    pub fn raise(
+        self,
+        culprit: impl std::fmt::Display,
+        wanted: &str,
+        object: &Bound<'_, PyAny>,
+    ) -> PyErr {
+        let message =
+            |wanted: &str, found: &str| format!("{culprit}: expected {wanted}, got {found}");
+        match self {
+            Failure::Refusal(refusal) => refusal.raise(culprit, wanted, object),
+            Failure::Unwanted(found) => PyTypeError::new_err(message(wanted, &found)),
+            Failure::Type(wanted, found) => PyTypeError::new_err(message(wanted, &found)),
+            Failure::Value(wanted, found) => PyValueError::new_err(message(wanted, &found)),
+            Failure::Python(error) => error,
+        }
+    }
+}
+
+/// What an attribute of an attribute, "dtype.name", is as text.
+fn attribute(object: &Bound<'_, PyAny>, path: &str) -> Option<String> {
+    let mut names = path.split('.');
+    let found = names.try_fold(object.clone(), |object, name| object.getattr(name));
+    found.ok().map(|found| found.to_string())
+}
+
 /// "float32 of shape (3,)", as far as the object tells.
 fn describe(object: &Bound<'_, PyAny>) -> String {
-    let text = |name| object.getattr(name).map(|value| value.to_string());
-    match (text("dtype"), text("shape")) {
-        (Ok(dtype), Ok(shape)) => {
-            let dtype = dtype.trim_start_matches("torch.");
-            let shape = shape
-                .trim_start_matches("torch.Size")
-                .trim_matches(['(', ')', '[', ']']);
-            format!("{dtype} of shape ({shape})")
-        }
-        _ => class_name(object),
-    }
+    // Not every producer has such attributes; its array does.
+    let array = || {
+        let numpy = object.py().import(intern!(object.py(), "numpy")).ok()?;
+        let buffer = PyMemoryView::from(object).and_then(|buffer| as_array(&buffer));
+        let buffer = buffer.map(Bound::into_any);
+        let export = |_| numpy.call_method1(intern!(object.py(), "from_dlpack"), (object,));
+        buffer.or_else(export).ok()
+    };
+    let told = |object: &Bound<'_, PyAny>| {
+        let dtype = attribute(object, "dtype")?;
+        let shape: Vec<i64> = object.getattr("shape").ok()?.extract().ok()?;
+        Some(describe_array(dtype.trim_start_matches("torch."), &shape))
+    };
+    told(object)
+        .or_else(|| told(&array()?))
+        .unwrap_or_else(|| class_name(object))
 }
 
 pub(crate) fn class_name(object: &Bound<'_, PyAny>) -> String {
