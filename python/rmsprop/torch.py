@@ -4,9 +4,8 @@ Change the import; nothing else changes but the speed::
 
     from rmsprop.torch import RMSprop
 
-torch 2.10 or newer is needed: its tensors offer the DLPack C exchange API, through which
-a step reads all of them in one call. Older ones would have to be asked one by one, which
-is most of what a step costs.
+torch 2.10 or newer is needed: its library has the C functions by which a step finds where
+tensors are and uses torch's threads.
 """
 
 from __future__ import annotations

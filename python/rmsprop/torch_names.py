@@ -17,13 +17,14 @@ from torch.autograd import profiler
 from torch.optim import optimizer
 from torch.utils import _python_dispatch
 
-_FILE = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib"}
-_library = (
-    Path(torch.__file__).parent / "lib" / _FILE.get(sys.platform, "torch_cpu.dll")
-)
+_FILES = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib"}
+_file = _FILES.get(sys.platform, "torch_cpu.dll")
+_library = Path(torch.__file__).parent / "lib" / _file
 
-#: The library whose stable C functions lend torch's threads; without it, steps use our own.
-LIBRARY = str(_library) if _library.is_file() else None
+#: The library whose stable C functions tell where tensors are and lend torch's threads. A loaded
+#: one is found by its name alone. Without the functions tensors are asked one by one, and steps use
+#: threads of our own.
+LIBRARY = str(_library) if _library.is_file() else _file
 
 #: Tells autograd that tensors were written in place. The public function does the same, slower.
 increment_version: Any = getattr(
@@ -40,8 +41,8 @@ def _probes() -> tuple[list[tuple[Tensor, int]], ...]:
     return tuple([(x, x._cdata) for x in kind] for kind in kinds)
 
 
-#: Plain, negated and conjugated tensors and where they are, for the core to learn how to tell them
-#: apart. Without the name it asks torch for each tensor.
+#: Plain, negated and conjugated tensors and where they are, for the core to learn how to read them
+#: and to tell them apart. Without the name every tensor goes through :mod:`rmsprop.fallback`.
 PROBES: Any = _probes() if hasattr(Tensor, "_cdata") else ([], [], [])
 
 # The hooks of all optimizers, and whether the profiler wants a range around a step. Without the

@@ -178,7 +178,6 @@ impl RawTensor {
         &self,
         strides: Option<&'q [i64]>,
         access: Access,
-        is_known_to_fit: bool,
     ) -> Result<View<'q>, Refusal> {
         if !self.device.is_host() {
             return Err(Refusal::Device);
@@ -199,11 +198,7 @@ impl RawTensor {
             0 => 0,
             data => data.wrapping_add(self.byte_offset as usize),
         };
-        let new = match is_known_to_fit {
-            true => View::of_tensor,
-            false => View::new,
-        };
-        new(data, element, shape, strides, element.size(), access)
+        View::new(data, element, shape, strides, element.size(), access)
     }
 }
 
@@ -301,19 +296,8 @@ impl Exchange {
     }
 
     /// Reads a tensor. The memory is the object's: who uses it any longer keeps the object.
-    pub fn view<'q>(&self, quiet: &'q Quiet<'_>, object: Lent<'q>) -> Result<View<'q>, Refusal> {
-        self.view_of(quiet, object, false)
-    }
-
-    /// As [`Exchange::view`]; `is_known_to_fit` says that no lengths need be checked.
-    #[inline(always)]
     #[allow(unsafe_code)]
-    pub fn view_of<'q>(
-        &self,
-        quiet: &'q Quiet<'_>,
-        object: Lent<'q>,
-        is_known_to_fit: bool,
-    ) -> Result<View<'q>, Refusal> {
+    pub fn view<'q>(&self, quiet: &'q Quiet<'_>, object: Lent<'q>) -> Result<View<'q>, Refusal> {
         // An object's class may be assigned.
         if !self.is_of(object.class()) {
             return Err(Refusal::Unreadable);
@@ -326,8 +310,7 @@ impl Exchange {
                 drop(PyErr::take(quiet.py()));
                 return Err(Refusal::Unreadable);
             }
-            raw.assume_init_ref()
-                .view(None, Access::Writable, is_known_to_fit)
+            raw.assume_init_ref().view(None, Access::Writable)
         }
     }
 }
@@ -416,7 +399,7 @@ impl Managed {
     #[allow(unsafe_code)]
     fn view_with<'a>(&'a self, strides: Option<&'a [i64]>) -> Result<View<'a>, Refusal> {
         // SAFETY: a tensor in a capsule is filled in, and is its producer's no more.
-        unsafe { self.handle.tensor().view(strides, self.access, false) }
+        unsafe { self.handle.tensor().view(strides, self.access) }
     }
 
     /// Where it is.

@@ -67,8 +67,6 @@ struct Pair {
     p: Py<PyAny>,
     g: Py<PyAny>,
     state: StateAt,
-    /// No sign or conjugation is pending.
-    is_sure: bool,
 }
 
 /// Where the state of a parameter is found.
@@ -89,6 +87,8 @@ struct Noted {
     /// told.
     written: Vec<Py<PyAny>>,
     held: Vec<Py<PyAny>>,
+    /// Parameters, by index, of a type that only torch steps, with all that it needs.
+    left: Vec<usize>,
 }
 
 /// What is to be stepped.
@@ -268,53 +268,41 @@ impl TensorSession {
     ) -> Result<(Verdict, Vec<usize>), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
-        let can_leave = !options.clipping.looks();
         let crew = Crew {
             allowed: options.threads().or_else(|| torch.thread_count(py)),
             lender: torch.threads(),
             // As in torch, tensors may share elements.
             is_apart: false,
         };
-        loop {
-            let state = wanted.state.as_unbound();
-            let mut doubts = Doubts::default();
-            let mut left = Vec::new();
-            let (check, batch) = self.check(torch, &mut doubts, &mut left, can_leave);
-            let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
-                let (work, counts) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
-                Ok((work, || counts.iter().for_each(Count::increment)))
-            });
-            match verdict {
-                Ok(verdict) => {
-                    self.conclude(torch, wanted.groups, &verdict)?;
-                    return Ok((verdict, left));
-                }
-                Err(Stopped) => self.settle(torch, py, doubts)?,
-            }
-        }
+        let state = wanted.state.as_unbound();
+        let (check, batch) = self.check(torch, !options.clipping.looks());
+        let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
+            let (work, counts) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
+            Ok((work, || counts.iter().for_each(Count::increment)))
+        });
+        let verdict = verdict.map_err(Unfit::Odd)?;
+        self.conclude(torch, wanted.groups, &verdict)?;
+        Ok((verdict, std::mem::take(&mut self.tensors.left)))
     }
 
     fn measure(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(f64, bool), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
         let state = wanted.state.as_unbound();
-        let (mut doubts, mut left) = (Doubts::default(), Vec::new());
-        let (check, batch) = self.check(torch, &mut doubts, &mut left, false);
+        let (check, batch) = self.check(torch, false);
         let found = Quiet::during(py, |quiet| {
             let (mut work, _) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
             let squares = work.sum_squares(&Threads::CALLER);
             let has_nonfinite = !squares.is_finite() && work.find_nonfinite().is_some();
             Ok((squares, has_nonfinite))
         });
-        found.map_err(|Stopped| Unfit::Odd(doubts.odd))
+        found.map_err(Unfit::Odd)
     }
 
     /// The check of what was collected, and what holds its work.
     fn check<'x>(
         &'x mut self,
         torch: &'x Torch,
-        doubts: &'x mut Doubts,
-        left: &'x mut Vec<usize>,
         can_leave: bool,
     ) -> (TensorCheck<'x>, &'x mut Batch) {
         let check = TensorCheck {
@@ -322,8 +310,7 @@ impl TensorSession {
             groups: &self.groups,
             pairs: &self.pairs,
             tensors: &mut self.tensors,
-            doubts,
-            left,
+            odd: Vec::new(),
             can_leave,
         };
         (check, &mut self.batch)
@@ -395,7 +382,7 @@ impl TensorSession {
         p: Bound<'_, PyAny>,
         wanted: &Wanted<'_, '_>,
     ) -> PyResult<bool> {
-        if !torch.is_plain(&p) {
+        if !torch.is_plain(&p) || !torch.knows_signs() {
             return Ok(false);
         }
         let g = torch.grad(&p)?;
@@ -418,7 +405,6 @@ impl TensorSession {
             p: p.unbind(),
             g: g.unbind(),
             state,
-            is_sure: false,
         });
         Ok(true)
     }
@@ -445,27 +431,6 @@ impl TensorSession {
             end: 0,
         });
         Ok(())
-    }
-
-    /// Asks torch whether a sign is pending. Those that have one are not ordinary, like the others of a
-    /// step that was stopped.
-    fn settle(&mut self, torch: &Torch, py: Python<'_>, doubts: Doubts) -> Result<(), Unfit> {
-        let Doubts { mut odd, unsure } = doubts;
-        for (k, tensors) in unsure {
-            let pair = &mut self.pairs[k];
-            pair.is_sure = true;
-            for tensor in tensors {
-                if torch.is_pending(tensor.bind(py))? {
-                    odd.push(pair.index);
-                    break;
-                }
-            }
-        }
-        self.tensors.release(py);
-        match odd.is_empty() {
-            true => Ok(()),
-            false => Err(Unfit::Odd(odd)),
-        }
     }
 
     /// Draws the consequences of a step.
@@ -512,6 +477,7 @@ impl TensorSession {
 impl Noted {
     fn release(&mut self, py: Python<'_>) {
         self.counts.clear();
+        self.left.clear();
         for tensor in self.written.drain(..).chain(self.held.drain(..)) {
             drop(tensor.into_bound(py));
         }
@@ -526,22 +492,8 @@ impl Pair {
             p: row.get_item(0)?.unbind(),
             g: row.get_item(1)?.unbind(),
             state: StateAt::Tuple(row.clone().unbind()),
-            // Whoever made the row has looked.
-            is_sure: true,
         })
     }
-}
-
-/// A step cannot be done as it is; [`Doubts`] say why.
-struct Stopped;
-
-#[derive(Default)]
-struct Doubts {
-    /// The indices of parameters that are not ordinary.
-    odd: Vec<usize>,
-    /// The places of pairs of which only torch can tell whether a sign is pending, and the tensors to
-    /// ask of.
-    unsure: Vec<(usize, Vec<Py<PyAny>>)>,
 }
 
 /// The second part of a step: looks at all tensors as they are now, and makes them work for the
@@ -551,21 +503,23 @@ struct TensorCheck<'x> {
     groups: &'x [TensorGroup],
     pairs: &'x [Pair],
     tensors: &'x mut Noted,
-    doubts: &'x mut Doubts,
-    /// Parameters of a type that only torch steps, with all that it needs.
-    left: &'x mut Vec<usize>,
+    /// The indices of parameters that are not ordinary.
+    odd: Vec<usize>,
     /// No option is on that looks at all gradients.
     can_leave: bool,
 }
 
 impl<'x> TensorCheck<'x> {
     /// All pairs. Gives back the work, and what it is to count up.
+    ///
+    /// # Errors
+    /// The indices of parameters that are not ordinary.
     fn all<'w, 'q>(
         mut self,
         quiet: &'q Quiet<'_>,
         mut work: Work<'w, 'w>,
         state: Lent<'q>,
-    ) -> Result<(Work<'w, 'w>, &'x [Count]), Stopped> {
+    ) -> Result<(Work<'w, 'w>, &'x [Count]), Vec<usize>> {
         let mut walk = StateWalk::new(quiet, state);
         // The tensors of the counts, which only the dicts hold.
         let mut steps: SmallVec<[Lent<'_>; 32]> = SmallVec::new();
@@ -586,8 +540,8 @@ impl<'x> TensorCheck<'x> {
             }
             start = group.end.max(start);
         }
-        if !self.doubts.odd.is_empty() || !self.doubts.unsure.is_empty() {
-            return Err(Stopped);
+        if !self.odd.is_empty() {
+            return Err(self.odd);
         }
         if step::is_long(&work) {
             let held = steps.iter().map(|step| step.hold(quiet));
@@ -611,31 +565,18 @@ impl<'x> TensorCheck<'x> {
         let pair = &self.pairs[k];
         let (p, g) = (Lent::of(quiet, &pair.p), Lent::of(quiet, &pair.g));
         let entry = entry.unwrap_or_default();
-        let read = |role: Role| {
-            let view = self.torch.view(quiet, entry.tensor([p, g], role)?);
-            if let Ok(view) = &view
-                && !pair.is_sure
-            {
-                self.torch.refuse_pending(quiet, view)?;
-            }
-            view
-        };
+        let read = |role| self.torch.view(quiet, entry.tensor([p, g], role)?);
         let row = match row::check(uses, read) {
             Ok(row) => row,
             Err((Role::Parameter, Refusal::DType))
                 if self.can_leave && entry.is_complete(config) && config.is_torchs() =>
             {
-                return self.left.push(pair.index);
+                return self.tensors.left.push(pair.index);
             }
-            Err((_, Refusal::MaybePending)) => {
-                let tensors = [Some(p), Some(g)].into_iter().chain(entry.arrays);
-                let tensors = tensors.flatten().map(|tensor| tensor.hold(quiet)).collect();
-                return self.doubts.unsure.push((k, tensors));
-            }
-            Err(_) => return self.doubts.odd.push(pair.index),
+            Err(_) => return self.odd.push(pair.index),
         };
         let Some(count) = entry.count(quiet, self.torch) else {
-            return self.doubts.odd.push(pair.index);
+            return self.odd.push(pair.index);
         };
         let rule = rules.get(work, row.dtype, config, count.read() as u64);
         // SAFETY: references to the tensors are held until the work is done, and to those of the counts

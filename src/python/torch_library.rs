@@ -1,5 +1,4 @@
-//! What torch offers to a step, looked up once: its tensors' C exchange API, a few functions, its
-//! threads.
+//! What torch offers to a step, looked up once: how its tensors are read, a few functions, its threads.
 //!
 //! The names that are torch's own affair are in `rmsprop.torch_names`, with what stands for them
 //! where a torch does not have them.
@@ -14,19 +13,21 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
 
 use super::dlpack::Exchange;
+use super::tensor::TensorReader;
 use super::view::{Lent, Quiet, Refusal, View};
 use crate::threads::Lender;
 
 /// Torch.
 pub(crate) struct Torch {
-    tensor: Exchange,
-    parameter: Exchange,
+    /// Of `torch.Tensor` and `torch.nn.Parameter`.
+    exchange: [Exchange; 2],
     /// Keep the types.
     _types: [Py<PyType>; 2],
+    /// None if torch's tensors are not as they are known.
+    reader: Option<TensorReader>,
     grad: Py<PyAny>,
     get_grad: ffi::descrgetfunc,
     is_pending: [Py<PyAny>; 2],
-    pending_bits: Option<PendingBits>,
     increment_version: Py<PyAny>,
     get_num_threads: Py<PyAny>,
     threads: Option<TorchThreads>,
@@ -60,13 +61,15 @@ impl Torch {
             let get = ffi::PyType_GetSlot(class, ffi::Py_tp_descr_get);
             std::mem::transmute::<*mut c_void, Option<ffi::descrgetfunc>>(get)
         };
-        let library: Option<String> = names.getattr("LIBRARY")?.extract()?;
-        let tensor_exchange = exchange(&tensor)?;
+        let path: String = names.getattr("LIBRARY")?.extract()?;
+        // SAFETY: this is the library that torch has loaded, so loading it again runs nothing.
+        let library = unsafe { Library::new(path).ok() };
         let probes = names.getattr("PROBES")?.extract()?;
+        let size = tensor.getattr("__basicsize__")?.extract()?;
+        let reader = |library| TensorReader::find(library, &probes, size);
         Ok(Torch {
-            pending_bits: PendingBits::find(py, &tensor_exchange, &probes),
-            tensor: tensor_exchange,
-            parameter: exchange(&parameter)?,
+            exchange: [exchange(&tensor)?, exchange(&parameter)?],
+            reader: library.as_ref().and_then(reader),
             is_pending: [
                 tensor.getattr("is_neg")?.unbind(),
                 tensor.getattr("is_conj")?.unbind(),
@@ -76,7 +79,7 @@ impl Torch {
             get_grad: get_grad.ok_or_else(old)?,
             increment_version: names.getattr("increment_version")?.unbind(),
             get_num_threads: torch.getattr("get_num_threads")?.unbind(),
-            threads: library.and_then(|path| TorchThreads::find(&path)),
+            threads: library.and_then(TorchThreads::find),
         })
     }
 
@@ -84,15 +87,28 @@ impl Torch {
     #[inline]
     pub fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
         let class = object.get_type_ptr();
-        self.tensor.is_of(class) || self.parameter.is_of(class)
+        self.exchange.iter().any(|exchange| exchange.is_of(class))
+    }
+
+    /// Whether plain tensors can be read without being asked whether a sign is pending
+    /// ([`Torch::is_pending`]).
+    #[inline]
+    pub fn knows_signs(&self) -> bool {
+        self.reader.is_some()
     }
 
     /// Reads a plain tensor.
     #[inline(always)]
+    #[allow(unsafe_code)]
     pub fn view<'q>(&self, quiet: &'q Quiet<'_>, tensor: Lent<'q>) -> Result<View<'q>, Refusal> {
-        match self.tensor.is_of(tensor.class()) {
-            true => self.tensor.view_of(quiet, tensor, true),
-            false => self.parameter.view_of(quiet, tensor, true),
+        let mut exchange = self.exchange.iter();
+        let Some(exchange) = exchange.find(|exchange| exchange.is_of(tensor.class())) else {
+            return Err(Refusal::Unreadable);
+        };
+        match &self.reader {
+            // SAFETY: it is of one of the two classes.
+            Some(reader) => unsafe { reader.view(quiet, tensor) },
+            None => exchange.view(quiet, tensor),
         }
     }
 
@@ -109,20 +125,7 @@ impl Torch {
         }
     }
 
-    /// Refuses a tensor that was read and has a pending sign or conjugation, which its memory does
-    /// not show; as `MaybePending` if only [`Torch::is_pending`] can tell.
-    #[inline(always)]
-    pub fn refuse_pending<'q>(&self, quiet: &'q Quiet<'_>, view: &View<'q>) -> Result<(), Refusal> {
-        let bits = self.pending_bits.as_ref();
-        match bits.and_then(|bits| bits.is_set(quiet, view)) {
-            Some(false) => Ok(()),
-            Some(true) => Err(Refusal::Pending),
-            None => Err(Refusal::MaybePending),
-        }
-    }
-
-    /// Whether a tensor has one. Takes 70 ns, a fifth of a small tensor's step, and gives the GIL
-    /// away.
+    /// Whether a tensor has a pending sign or conjugation, which its memory does not show.
     pub fn is_pending(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = tensor.py();
         for is_pending in &self.is_pending {
@@ -159,92 +162,6 @@ impl Torch {
     }
 }
 
-/// Where a tensor keeps whether a sign or a conjugation is pending.
-///
-/// A view has the address of its tensor's lengths. Up to five of them lie in the `c10::TensorImpl`
-/// itself, and so does, always as far from them, the word with the bits. How far, and which bits, is
-/// found on probes: plain tensors, which have them not, and negated and conjugated ones, which have.
-/// Where that does not find exactly one word, torch is asked.
-struct PendingBits {
-    /// Bytes from the lengths to the word.
-    offset: isize,
-    mask: u64,
-}
-
-/// Tensors and the addresses of their `c10::TensorImpl`: plain, negated, conjugated.
-type Probes = [Vec<(Py<PyAny>, usize)>; 3];
-
-impl PendingBits {
-    /// Lengths that a tensor keeps inside.
-    const DIMS: usize = 5;
-    /// Words of a tensor, at least.
-    const WORDS: usize = 22;
-
-    fn find(py: Python<'_>, exchange: &Exchange, probes: &Probes) -> Option<Self> {
-        type Words = [u64; PendingBits::WORDS];
-        let read = |quiet: &Quiet<'_>| {
-            let read = |(tensor, start): &(Py<PyAny>, usize)| {
-                let view = exchange.view(quiet, Lent::of(quiet, tensor)).ok()?;
-                Self::read_probe(&view, *start)
-            };
-            let kinds = probes.iter();
-            let kinds = kinds.map(|kind| kind.iter().map(read).collect());
-            kinds.collect::<Option<Vec<Vec<(isize, Words)>>>>()
-        };
-        let kinds = Quiet::during(py, read)?;
-        let [plain, negated, conjugated] = &kinds[..] else {
-            return None;
-        };
-        // From the lengths to the beginning.
-        let start = plain.first()?.0;
-        if kinds.iter().flatten().any(|probe| probe.0 != start) {
-            return None;
-        }
-        let bit = |kind: &[(isize, Words)], k: usize| {
-            let in_all = kind.iter().fold(!0, |all, probe| all & probe.1[k]);
-            in_all & !plain.iter().fold(0, |any, probe| any | probe.1[k])
-        };
-        let mut found = (0..Self::WORDS).filter_map(|k| {
-            let bits = [bit(negated, k), bit(conjugated, k)];
-            let is_it = bits.iter().all(|bits| bits.count_ones() == 1);
-            is_it.then_some((k, bits[0] | bits[1]))
-        });
-        let (k, mask) = found.next()?;
-        found.next().is_none().then_some(PendingBits {
-            offset: start + (k * size_of::<u64>()) as isize,
-            mask,
-        })
-    }
-
-    /// How far from its lengths a tensor begins, and its words.
-    #[allow(unsafe_code)]
-    fn read_probe(view: &View<'_>, start: usize) -> Option<(isize, [u64; Self::WORDS])> {
-        let lens = view.shape.as_ptr().cast::<u64>();
-        let before = lens.addr().checked_sub(start)?;
-        if before >= Self::WORDS * size_of::<u64>() || !start.is_multiple_of(align_of::<u64>()) {
-            return None;
-        }
-        let first = lens.wrapping_byte_sub(before);
-        // SAFETY: torch says that the tensor begins at `start`, and its lengths are in it. No
-        // `c10::TensorImpl` of torch 2 is shorter than that many words; some are padding.
-        let word = |k| unsafe { first.add(k).read_volatile() };
-        Some((-(before as isize), std::array::from_fn(word)))
-    }
-
-    #[inline]
-    #[allow(unsafe_code)]
-    fn is_set<'q>(&self, _: &'q Quiet<'_>, view: &View<'q>) -> Option<bool> {
-        if view.shape.len() > Self::DIMS {
-            return None;
-        }
-        let word = view.shape.as_ptr().cast::<u64>();
-        // SAFETY: the lengths of a plain tensor with so few are in its `c10::TensorImpl`, and the word
-        // is as far from them as in the probes.
-        let word = unsafe { word.byte_offset(self.offset).read() };
-        Some(word & self.mask != 0)
-    }
-}
-
 /// The process that imported this module, before its torch can have been used beside it.
 static PROCESS: OnceLock<u32> = OnceLock::new();
 
@@ -266,11 +183,9 @@ type ParallelFor = unsafe extern "C" fn(i64, i64, i64, Body, *mut c_void) -> i32
 impl TorchThreads {
     /// None if the library does not have them.
     #[allow(unsafe_code)]
-    fn find(path: &str) -> Option<Self> {
-        // SAFETY: this is the library that torch has loaded, so loading it again runs nothing; the
-        // functions are declared so in `torch/csrc/stable/c/shim.h` of torch 2.10 and newer.
+    fn find(library: Library) -> Option<Self> {
+        // SAFETY: they are declared so in `torch/csrc/stable/c/shim.h` of torch 2.10 and newer.
         unsafe {
-            let library = Library::new(path).ok()?;
             Some(TorchThreads {
                 parallel_for: *library.get(c"torch_parallel_for").ok()?,
                 get_num_threads: *library.get(c"torch_get_num_threads").ok()?,

@@ -657,8 +657,6 @@ pub(crate) enum Refusal {
     Unreadable,
     /// A sign or conjugation is pending.
     Pending,
-    /// Only its library can tell whether one is.
-    MaybePending,
     OutOfMemory,
 }
 
@@ -739,7 +737,7 @@ impl Refusal {
                     _ => type_error("a dense tensor in host memory", &class_name(object)),
                 }
             }
-            Refusal::Pending | Refusal::MaybePending => value_error(
+            Refusal::Pending => value_error(
                 "a tensor without a pending negation (resolve_neg() makes one)",
                 "one with",
             ),
