@@ -16,7 +16,6 @@ use pyo3::prelude::*;
 
 use super::view::{Access, Element, Lent, Quiet, Refusal, View};
 use crate::kernel::DType;
-use crate::kernel::stage::MAX_DIMS;
 
 /// A function that writes one thing about a tensor; 0 if it could.
 type Tell<T> = unsafe extern "C" fn(*const c_void, *mut T) -> i32;
@@ -114,9 +113,6 @@ impl TensorReader {
             {
                 return Err(Refusal::Unreadable);
             }
-            if dim as usize > MAX_DIMS {
-                return Err(Refusal::Dimensions(dim));
-            }
             let lens = |lens| match dim {
                 0 => &[][..], // The pointers may be null.
                 _ => std::slice::from_raw_parts(lens, dim as usize),
@@ -132,7 +128,7 @@ impl TensorReader {
             return Err(Refusal::DType);
         };
         let (element, data) = (*element, data as usize);
-        View::of_tensor(
+        View::new(
             data,
             element,
             shape,

@@ -300,6 +300,7 @@ pub(crate) struct View<'q> {
 
 impl<'q> View<'q> {
     /// Takes what an array says of itself. Checks that it fits in memory.
+    #[inline]
     pub fn new(
         data: usize,
         element: Element,
@@ -319,22 +320,9 @@ impl<'q> View<'q> {
                 _ => None,
             };
         }
-        match bytes {
-            None => Err(Refusal::Shape),
-            Some(_) => View::of_tensor(data, element, shape, strides, stride_unit, access),
+        if bytes.is_none() {
+            return Err(Refusal::Shape);
         }
-    }
-
-    /// As [`View::new`], of what is known to fit in memory.
-    #[inline(always)]
-    pub fn of_tensor(
-        data: usize,
-        element: Element,
-        shape: &'q [i64],
-        strides: &'q [i64],
-        stride_unit: usize,
-        access: Access,
-    ) -> Result<Self, Refusal> {
         // An empty array may be nowhere.
         let data = match data {
             0 if !shape.contains(&0) => return Err(Refusal::NoMemory),
