@@ -429,10 +429,13 @@ impl Batch {
             };
             let len = if head > 0 { head } else { len };
             stretch.advance(len);
+            let arrays = piece
+                .arrays
+                .map(|array| array.cast::<T>().wrapping_add(start));
             // SAFETY: by the contract of `push` the arrays that the rule uses are valid for `numel`
             // elements of its type, and those that are written are not aliased; nobody else works on
             // these elements, for the chunks of a step are disjoint.
-            Some(unsafe { dense(piece, start, len, rule) })
+            Some(unsafe { Slices::new(arrays, len, rule) })
         });
         self.code_now.sweep_all(all, rule);
     }
@@ -544,36 +547,6 @@ impl<'x> Stretch<'x> {
         self.len -= count;
         if self.start == self.pieces[0].numel {
             (self.pieces, self.start) = (&self.pieces[1..], 0);
-        }
-    }
-}
-
-/// Some elements of dense arrays.
-///
-/// # Safety
-/// In `'a` the arrays of the piece that the rule uses are of type `T` and valid for those elements,
-/// and nobody else uses those that are written.
-#[inline(always)]
-#[allow(unsafe_code)]
-unsafe fn dense<'a, T: Real>(
-    piece: &Piece,
-    start: usize,
-    len: usize,
-    rule: &Rule<T>,
-) -> Slices<'a, T> {
-    let [p, g, v, m, b] = piece.arrays.map(<*mut u8>::cast::<T>);
-    let slice = |x: *mut T, is_used| match is_used {
-        true => std::ptr::slice_from_raw_parts_mut(x.wrapping_add(start), len),
-        false => std::ptr::slice_from_raw_parts_mut(std::ptr::NonNull::dangling().as_ptr(), 0),
-    };
-    // SAFETY: passed on to the caller; what is not used is empty.
-    unsafe {
-        Slices {
-            p: &mut *slice(p, true),
-            g: &*slice(g, true),
-            v: &mut *slice(v, true),
-            m: &mut *slice(m, rule.centered),
-            b: &mut *slice(b, rule.has_momentum()),
         }
     }
 }

@@ -287,6 +287,33 @@ pub(crate) struct Slices<'a, T> {
     pub b: &'a mut [T],
 }
 
+impl<'a, T: Real> Slices<'a, T> {
+    /// Elements from these addresses on, by [`Role`].
+    ///
+    /// # Safety
+    /// In `'a` those that the rule uses are valid for `len` elements, and nobody else uses those that
+    /// are written.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub unsafe fn new(arrays: [*mut T; ROLES], len: usize, rule: &Rule<T>) -> Self {
+        let uses = rule.uses();
+        let slice = |role: Role| match uses[role as usize] {
+            true => std::ptr::slice_from_raw_parts_mut(arrays[role as usize], len),
+            false => std::ptr::slice_from_raw_parts_mut(std::ptr::NonNull::dangling().as_ptr(), 0),
+        };
+        // SAFETY: passed on to the caller; what is not used is empty.
+        unsafe {
+            Slices {
+                p: &mut *slice(Role::Parameter),
+                g: &*slice(Role::Gradient),
+                v: &mut *slice(Role::SquareAvg),
+                m: &mut *slice(Role::GradAvg),
+                b: &mut *slice(Role::MomentumBuffer),
+            }
+        }
+    }
+}
+
 impl<T> Slices<'_, T> {
     /// Those before an element and those from it on.
     pub fn split_at(self, element: usize) -> (Self, Self) {

@@ -222,26 +222,14 @@ impl Form {
                 // SAFETY: passed on to the caller.
                 unsafe { self.fill(role, arrays[role as usize], part.clone(), buffer) };
             }
-            let slice = |role: Role, buffer: &mut [T; STAGE]| {
-                let k = role as usize;
-                let first = match uses[k] && self.is_direct[k] {
-                    true => arrays[k].cast::<T>().wrapping_add(part.start),
-                    false => buffer.as_mut_ptr(),
-                };
-                std::ptr::slice_from_raw_parts_mut(first, if uses[k] { len } else { 0 })
+            let firsts = buffers.each_mut().map(|buffer| buffer.as_mut_ptr());
+            let first = |role: Role| match self.is_direct[role as usize] {
+                true => arrays[role as usize].cast::<T>().wrapping_add(part.start),
+                false => firsts[role as usize],
             };
-            let [p, g, v, m, b] = &mut buffers;
-            // SAFETY: passed on to the caller, where they are slices of the arrays: of type `T`, and
-            // dense in the order of the walk. The others are buffers.
-            let slices = unsafe {
-                Slices {
-                    p: &mut *slice(Role::Parameter, p),
-                    g: &*slice(Role::Gradient, g),
-                    v: &mut *slice(Role::SquareAvg, v),
-                    m: &mut *slice(Role::GradAvg, m),
-                    b: &mut *slice(Role::MomentumBuffer, b),
-                }
-            };
+            // SAFETY: passed on to the caller, where they are arrays of type `T`, dense in the order of
+            // the walk. The others are buffers.
+            let slices = unsafe { Slices::new(Role::ALL.map(first), len, rule) };
             code.sweep_all(std::iter::once(slices), rule);
             for role in Role::ALL.into_iter().filter(staged) {
                 if role.is_written() {

@@ -180,16 +180,13 @@ impl Optimizer {
         let grads = Grads::new(grads)?;
         let groups = this.groups(py);
         let mut turn = this.contents.wait(py)?;
-        let outcome = turn.step(py, &groups, &grads, &options.values());
+        let values = options.values();
+        let outcome = turn.step(py, &groups, &grads, &values);
         turn.release(py);
         drop(turn);
-        match outcome? {
-            Verdict {
-                outcome: Outcome::Skip,
-                norm,
-            } => options.report(norm, true),
-            verdict => options.report(verdict.norm, false),
-        }
+        let verdict = outcome?;
+        let is_skipped = matches!(verdict.outcome, Outcome::Skip);
+        options.report(&values, verdict.norm, is_skipped);
         Ok(value.map(Bound::unbind))
     }
 

@@ -95,8 +95,12 @@ impl DataType {
     }
 }
 
+/// Releases what holds a tensor, to which its argument points.
+type Deleter = unsafe extern "C" fn(*mut c_void);
+
 /// `DLTensor`.
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct RawTensor {
     data: *mut c_void,
     device: Device,
@@ -113,7 +117,7 @@ struct RawTensor {
 struct Legacy {
     tensor: RawTensor,
     manager: *mut c_void,
-    deleter: Option<unsafe extern "C" fn(*mut Legacy)>,
+    deleter: Option<Deleter>,
 }
 
 #[repr(C)]
@@ -126,11 +130,16 @@ struct Version {
 /// `DLManagedTensorVersioned`, in a capsule named "dltensor_versioned".
 #[repr(C)]
 struct Versioned {
+    head: VersionedHead,
+    tensor: RawTensor,
+}
+
+#[repr(C)]
+struct VersionedHead {
     version: Version,
     manager: *mut c_void,
-    deleter: Option<unsafe extern "C" fn(*mut Versioned)>,
+    deleter: Option<Deleter>,
     flags: u64,
-    tensor: RawTensor,
 }
 
 const READ_ONLY: u64 = 1;
@@ -317,15 +326,12 @@ impl Exchange {
 
 /// A tensor that came in a capsule; its memory is released when it is dropped.
 pub(crate) struct Managed {
-    handle: Handle,
+    tensor: RawTensor,
+    /// Keeps the memory.
+    _owner: Owner,
     access: Access,
     /// Where the producer gives no strides: those of C order.
     strides: Option<Box<[i64]>>,
-}
-
-enum Handle {
-    Legacy(NonNull<Legacy>),
-    Versioned(NonNull<Versioned>),
 }
 
 // SAFETY: the tensor is a handle; the specification lets its deleter run on any thread.
@@ -335,71 +341,45 @@ unsafe impl Send for Managed {}
 #[allow(unsafe_code)]
 unsafe impl Sync for Managed {}
 
-impl Handle {
-    #[allow(unsafe_code)]
-    fn tensor(&self) -> &RawTensor {
-        // SAFETY: the handle was taken from a capsule whose name says what it holds; nobody else
-        // deletes it.
-        unsafe {
-            match self {
-                Handle::Legacy(tensor) => &tensor.as_ref().tensor,
-                Handle::Versioned(tensor) => &tensor.as_ref().tensor,
-            }
-        }
-    }
+/// What a capsule held, and the function that releases it, if there is one.
+struct Owner {
+    managed: NonNull<c_void>,
+    deleter: Option<Deleter>,
 }
 
-impl Drop for Handle {
+impl Drop for Owner {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: the handle was taken from its capsule, which was renamed, so nobody else deletes
-        // it; the deleter may be missing.
-        unsafe {
-            match self {
-                Handle::Legacy(tensor) => {
-                    if let Some(deleter) = tensor.as_ref().deleter {
-                        deleter(tensor.as_ptr());
-                    }
-                }
-                Handle::Versioned(tensor) => {
-                    if let Some(deleter) = tensor.as_ref().deleter {
-                        deleter(tensor.as_ptr());
-                    }
-                }
-            }
+        if let Some(deleter) = self.deleter {
+            // SAFETY: both were taken from one capsule, which was renamed, so nobody else deletes it.
+            unsafe { deleter(self.managed.as_ptr()) };
         }
     }
 }
 
 impl Managed {
     /// Checks that it is one that a step can use.
-    fn new(handle: Handle, access: Access) -> Result<Self, Failure> {
-        let &RawTensor { device, dtype, .. } = handle.tensor();
+    fn check(mut self) -> Result<Self, Failure> {
+        let RawTensor { device, dtype, .. } = self.tensor;
         if !device.is_host() {
             return Err(device.refuse());
         }
         if dtype.element().is_none() {
             return Err(Failure::Unwanted(dtype.name()));
         }
-        let mut managed = Managed {
-            handle,
-            access,
-            strides: None,
-        };
-        if managed.handle.tensor().strides.is_null() {
-            let ndim = managed.handle.tensor().ndim()?;
-            let ones = &[1; MAX_DIMS][..ndim];
-            let strides = c_strides(managed.view_with(Some(ones))?.shape);
-            managed.strides = Some(strides.as_slice().into());
+        if self.tensor.strides.is_null() {
+            let ones = &[1; MAX_DIMS][..self.tensor.ndim()?];
+            let strides = c_strides(self.view_with(Some(ones))?.shape);
+            self.strides = Some(strides.as_slice().into());
         }
-        managed.view_with(managed.strides.as_deref())?;
-        Ok(managed)
+        self.view_with(self.strides.as_deref())?;
+        Ok(self)
     }
 
     #[allow(unsafe_code)]
     fn view_with<'a>(&'a self, strides: Option<&'a [i64]>) -> Result<View<'a>, Refusal> {
         // SAFETY: a tensor in a capsule is filled in, and is its producer's no more.
-        unsafe { self.handle.tensor().view(strides, self.access) }
+        unsafe { self.tensor.view(strides, self.access) }
     }
 
     /// Where it is.
@@ -455,35 +435,47 @@ pub(crate) fn import(object: &Bound<'_, PyAny>) -> Result<Managed, Failure> {
 /// used only once.
 #[allow(unsafe_code)]
 fn take(capsule: &Bound<'_, PyCapsule>) -> Result<Managed, Failure> {
-    let pointer = |name: &CStr| capsule.pointer_checked(Some(name)).ok();
-    let rename = |name: &'static CStr| {
+    let take = |name: &CStr, used: &'static CStr| {
+        let managed = capsule.pointer_checked(Some(name)).ok()?;
         // SAFETY: the object is a capsule and the name is static.
-        unsafe { ffi::PyCapsule_SetName(capsule.as_ptr(), name.as_ptr()) };
+        unsafe { ffi::PyCapsule_SetName(capsule.as_ptr(), used.as_ptr()) };
+        Some(managed)
     };
-    if let Some(found) = pointer(c"dltensor_versioned") {
-        rename(c"used_dltensor_versioned");
-        let found = found.cast::<Versioned>();
-        let handle = Handle::Versioned(found);
-        // SAFETY: a capsule of that name holds this structure; its version and its flags are valid
-        // in all of them.
-        let (version, flags) = unsafe { (found.as_ref().version, found.as_ref().flags) };
-        if version.major != MAJOR {
-            let found = format!("version {}", version.major);
-            return Err(Failure::Value("a DLPack 1.x capsule", found));
-        }
-        let access = match flags {
-            flags if flags & IS_COPIED != 0 => Access::Copy,
-            flags if flags & READ_ONLY != 0 => Access::ReadOnly,
-            _ => Access::Writable,
+    let (tensor, owner, access) =
+        if let Some(managed) = take(c"dltensor_versioned", c"used_dltensor_versioned") {
+            // SAFETY: a capsule of that name holds a structure that begins so in all versions.
+            let head = unsafe { managed.cast::<VersionedHead>().read() };
+            let deleter = head.deleter;
+            let owner = Owner { managed, deleter };
+            if head.version.major != MAJOR {
+                let found = format!("version {}", head.version.major);
+                return Err(Failure::Value("a DLPack 1.x capsule", found));
+            }
+            let access = match head.flags {
+                flags if flags & IS_COPIED != 0 => Access::Copy,
+                flags if flags & READ_ONLY != 0 => Access::ReadOnly,
+                _ => Access::Writable,
+            };
+            // SAFETY: in this version the tensor follows.
+            let tensor = unsafe { managed.cast::<Versioned>().as_ref().tensor };
+            (tensor, owner, access)
+        } else if let Some(managed) = take(c"dltensor", c"used_dltensor") {
+            // SAFETY: a capsule of that name holds this structure.
+            let &Legacy {
+                tensor, deleter, ..
+            } = unsafe { managed.cast::<Legacy>().as_ref() };
+            (tensor, Owner { managed, deleter }, Access::Legacy)
+        } else {
+            let found = "a capsule that is none, or was used".into();
+            return Err(Failure::Value("a DLPack capsule", found));
         };
-        return Managed::new(handle, access);
-    }
-    let Some(found) = pointer(c"dltensor") else {
-        let found = "a capsule that is none, or was used".into();
-        return Err(Failure::Value("a DLPack capsule", found));
+    let managed = Managed {
+        tensor,
+        _owner: owner,
+        access,
+        strides: None,
     };
-    rename(c"used_dltensor");
-    Managed::new(Handle::Legacy(found.cast()), Access::Legacy)
+    managed.check()
 }
 
 /// Whether an object of this type could be a tensor at all.

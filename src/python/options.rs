@@ -373,8 +373,13 @@ impl StepOptions {
         *self.lock()
     }
 
-    /// Takes note of a step that was done or left out.
-    pub fn report(&self, norm: Option<f64>, is_skipped: bool) {
+    /// Takes note of a step that was done or left out; `before` is what the options were.
+    #[inline]
+    pub fn report(&self, before: &Values, norm: Option<f64>, is_skipped: bool) {
+        // As a rule there is no norm: nothing to lock for.
+        if norm.is_none() && before.last_grad_norm.is_none() && !is_skipped {
+            return;
+        }
         let mut values = self.lock();
         values.last_grad_norm = norm;
         values.skipped_steps = values.skipped_steps.saturating_add(is_skipped.into());

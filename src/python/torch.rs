@@ -186,7 +186,8 @@ impl Stepper {
             has_nonfinite,
         });
         let mut contents = this.0.wait(py)?;
-        let outcome = contents.step(torch, &wanted, &options.values(), gathered);
+        let values = options.values();
+        let outcome = contents.step(torch, &wanted, &values, gathered);
         contents.release(py);
         drop(contents);
         let (verdict, left) = match outcome {
@@ -195,7 +196,7 @@ impl Stepper {
             Err(Unfit::Python(error)) => return Err(error),
         };
         let is_skipped = matches!(verdict.outcome, Outcome::Skip);
-        options.report(verdict.norm, is_skipped);
+        options.report(&values, verdict.norm, is_skipped);
         match left.is_empty() {
             true => Ok((!is_skipped).into_pyobject(py)?.to_owned().into_any()),
             false => Ok(PyTuple::new(py, left)?.into_any()),
@@ -385,7 +386,7 @@ impl TensorSession {
         if !torch.is_plain(&p) || !torch.knows_signs() {
             return Ok(false);
         }
-        let g = torch.grad(&p)?;
+        let g = p.getattr(intern!(p.py(), "grad"))?;
         if g.is_none() {
             return Ok(true);
         }

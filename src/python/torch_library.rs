@@ -7,7 +7,6 @@ use std::ffi::c_void;
 use std::sync::OnceLock;
 
 use libloading::Library;
-use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyType};
@@ -25,8 +24,6 @@ pub(crate) struct Torch {
     _types: [Py<PyType>; 2],
     /// None if torch's tensors are not as they are known.
     reader: Option<TensorReader>,
-    grad: Py<PyAny>,
-    get_grad: ffi::descrgetfunc,
     is_pending: [Py<PyAny>; 2],
     increment_version: Py<PyAny>,
     get_num_threads: Py<PyAny>,
@@ -53,14 +50,6 @@ impl Torch {
             )
         };
         let exchange = |class| Exchange::find(class)?.ok_or_else(old);
-        let grad = tensor.getattr("grad")?;
-        // SAFETY: the object is a type; a type without the slot gives null. What the slot holds is a
-        // function of this type.
-        let get_grad = unsafe {
-            let class = ffi::Py_TYPE(grad.as_ptr());
-            let get = ffi::PyType_GetSlot(class, ffi::Py_tp_descr_get);
-            std::mem::transmute::<*mut c_void, Option<ffi::descrgetfunc>>(get)
-        };
         let path: String = names.getattr("LIBRARY")?.extract()?;
         // SAFETY: this is the library that torch has loaded, so loading it again runs nothing.
         let library = unsafe { Library::new(path).ok() };
@@ -75,8 +64,6 @@ impl Torch {
                 tensor.getattr("is_conj")?.unbind(),
             ],
             _types: [tensor.unbind(), parameter.unbind()],
-            grad: grad.unbind(),
-            get_grad: get_grad.ok_or_else(old)?,
             increment_version: names.getattr("increment_version")?.unbind(),
             get_num_threads: torch.getattr("get_num_threads")?.unbind(),
             threads: library.and_then(TorchThreads::find),
@@ -109,19 +96,6 @@ impl Torch {
             // SAFETY: it is of one of the two classes.
             Some(reader) => unsafe { reader.view(quiet, tensor) },
             None => exchange.view(quiet, tensor),
-        }
-    }
-
-    /// `tensor.grad`, as the attribute of the class gives it.
-    #[inline]
-    #[allow(unsafe_code)]
-    pub fn grad<'py>(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        // SAFETY: the descriptor is `torch.Tensor.grad` and the function its class's; the GIL is
-        // held. The result is a new reference, or null with an error set.
-        unsafe {
-            let (object, class) = (tensor.as_ptr(), tensor.get_type_ptr());
-            let grad = (self.get_grad)(self.grad.as_ptr(), object, class.cast());
-            Bound::from_owned_ptr_or_err(tensor.py(), grad)
         }
     }
 
