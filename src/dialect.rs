@@ -76,4 +76,7 @@ dialects! {
     burn: 0.99, 1e-5, false, 0.0, 0.9, false, false, false;
     /// dfdx `dfdx::nn::optim::RMSprop`.
     dfdx: 0.9, 1e-8, true, 1.0, 0.0, false, false, false;
+    /// Mnih et al. 2015 (DQN), as DeepMind's own code computes it: the "gradient momentum" 0.95 is
+    /// the decay of `grad_avg`. There lr is 2.5e-4.
+    dqn: 0.95, 1e-2, true, 0.0, 0.0, true, true, false;
 }

@@ -457,3 +457,48 @@ def test_deleted_state_starts_again(deleted, contiguous):
         index: (fresh if index in deleted else trained)[index] for index in range(4)
     }
     assert bits(opt.state_dict()["state"]) == expected
+
+
+# --- by name ----------------------------------------------------------------------------------
+
+
+def named(order, seed=0):
+    """Parameters of one shape that are known by their names, in this order."""
+    rng = np.random.default_rng(seed)
+    values = {name: rng.normal(size=4) for name in sorted(order)}
+    params = {name: values[name] for name in order}
+    return params, RMSprop(params, **OPTIONS)
+
+
+def test_another_order():
+    """Each gets the state of its own name, and goes on as in the order that was saved."""
+    (saved, opt), (other, loaded) = named("abc"), named("cab")
+    grads = {name: np.full(4, k - 0.5) for k, name in enumerate("abc")}
+    opt.step(grads=grads)
+    loaded.load_state_dict(opt.state_dict())
+    for name, param in saved.items():
+        other[name][...] = param
+    for index, name in enumerate("cab"):
+        assert bits(loaded.state[index]) == bits(opt.state["abc".index(name)])
+    for each in (opt, loaded):
+        each.step(grads=grads)
+    assert all((other[name] == saved[name]).all() for name in "abc")
+
+
+def test_other_names():
+    (_, opt), (params, other) = named("abc"), named("abd")
+    other.step(grads={name: np.ones(4) for name in params})
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"same names, got \['c'\] for \['d'\]"):
+        other.load_state_dict(opt.state_dict())
+    assert snapshot(other) == before
+
+
+def test_names_on_one_side():
+    """Then by position."""
+    (params, opt), (other, _) = named("abc"), named("abc")
+    opt.step(grads={name: np.ones(4) for name in params})
+    unnamed = RMSprop(list(other.values()), **OPTIONS)
+    unnamed.load_state_dict(opt.state_dict())
+    assert bits(unnamed.state[1]) == bits(opt.state[1])
+    opt.load_state_dict(unnamed.state_dict())

@@ -18,14 +18,29 @@ c is 1 / (1 - alpha^t) with ``bias_correction``, else 1. Which framework's RMSpr
 that is depends on the options alone: :func:`dialect`.
 """
 
+import sys
 from contextlib import suppress
 from importlib import import_module
 
-from rmsprop._core import __version__, info
+try:
+    from rmsprop._core import __version__, info
+except ImportError as _error:
+    if sys.argv[:1] == ["-m"] and "rmsprop" in sys.orig_argv:  # a command, no program
+        sys.exit(f"python -m rmsprop: {_error}")
+    raise
 from rmsprop.optimizer import RMSprop, dialect
 from rmsprop.parameter import Parameter
 
 with suppress(ImportError):  # where threadpoolctl is installed, it knows of our threads
     import_module("rmsprop.threadpool")
+
+
+def __getattr__(name: str) -> object:
+    if (
+        name == "torch"
+    ):  # importing torch takes seconds, so it waits until it is asked for
+        return import_module("rmsprop.torch")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["Parameter", "RMSprop", "__version__", "dialect", "info"]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 
 from rmsprop import _core
 from rmsprop.state import State, as_ndarray, checked, copied, restore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_core._after_fork)
@@ -30,7 +35,7 @@ def dialect(name: str, **overrides: Any) -> dict[str, Any]:
 
     Args:
         name: oneflow, torch, timm, sb3, keras, tf1, optax, paddle, mlx, graves,
-            mindspore, chainer, burn or dfdx.
+            mindspore, chainer, burn, dfdx or dqn.
         **overrides: arguments of the optimizer that replace or complete them.
 
     Raises:
@@ -48,8 +53,44 @@ def dialect(name: str, **overrides: Any) -> dict[str, Any]:
     options = _core.dialect(name)
     for key in overrides:
         if key not in options and key not in _FREE:
-            raise TypeError(f"dialect: expected an argument of RMSprop, got {key!r}")
+            meant = _core.meant_by(key)
+            hint = f" (did you mean {meant}?)" if meant else ""
+            raise TypeError(
+                f"dialect: expected an argument of RMSprop, got {key!r}{hint}"
+            )
     return {**options, **overrides}
+
+
+_Value = TypeVar("_Value")
+
+
+class _Hyperparameter(Generic[_Value]):
+    """An option of all groups at once."""
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, opt: None, _: type) -> Self: ...
+    @overload
+    def __get__(self, opt: RMSprop, _: type) -> _Value: ...
+    def __get__(self, opt: RMSprop | None, _: type) -> Self | _Value:
+        if opt is None:
+            return self
+        found = [group[self._name] for group in opt.param_groups]
+        if any(value != found[0] for value in found):
+            raise ValueError(
+                f"{self._name}: expected one value for all groups, got {found}:"
+                " param_groups has that of each"
+            )
+        value: _Value = found[0]
+        return value
+
+    def __set__(self, opt: RMSprop, value: _Value) -> None:
+        for index, group in enumerate(opt.param_groups):
+            _core.check_options({**group, self._name: value}, f" of group {index}")
+        for group in opt.param_groups:
+            group[self._name] = value
 
 
 class RMSprop(_core.Optimizer):
@@ -61,6 +102,10 @@ class RMSprop(_core.Optimizer):
     They are never copied. Gradients have the parameter's shape and dtype and are read
     only. The state (one array a parameter, more with ``centered`` and ``momentum``) is
     allocated here, and nothing that grows with it later.
+
+    The arrays are trained themselves: write into them, for ``params["w"] = x`` leaves the
+    optimizer with the old one. An optimizer that is pickled or copied apart from its
+    arrays trains copies of them.
 
     Threads that step one optimizer take turns; different optimizers run at the same
     time. After ``fork`` a child steps on threads of its own.
@@ -122,6 +167,22 @@ class RMSprop(_core.Optimizer):
 
     defaults: dict[str, Any]
 
+    # Each reads the value that all groups have (ValueError where they differ), and sets it in
+    # every group, from the next step on.
+    lr = _Hyperparameter[float]()
+    alpha = _Hyperparameter[float]()
+    eps = _Hyperparameter[float]()
+    weight_decay = _Hyperparameter[float]()
+    momentum = _Hyperparameter[float]()
+    centered = _Hyperparameter[bool]()
+    eps_in_sqrt = _Hyperparameter[bool]()
+    initial_square_avg = _Hyperparameter[float]()
+    lr_in_momentum = _Hyperparameter[bool]()
+    nesterov = _Hyperparameter[bool]()
+    bias_correction = _Hyperparameter[bool]()
+    decoupled_weight_decay = _Hyperparameter[bool]()
+    maximize = _Hyperparameter[bool]()
+
     def __init__(
         self,
         params: Any,
@@ -168,6 +229,13 @@ class RMSprop(_core.Optimizer):
         if not any(objects for _, objects, _ in groups):
             raise ValueError("params: expected at least one parameter, got none")
         self._add(groups)
+        if any(_is_torch_parameter(p) for _, objects, _ in groups for p in objects):
+            warnings.warn(
+                "params: torch's modules are stepped here with OneFlow's defaults, and its"
+                " schedulers do not take this class: rmsprop.torch.RMSprop is the one for them",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Adds a group: a mapping with the key ``"params"`` and options of its own.
@@ -306,15 +374,16 @@ class RMSprop(_core.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` or torch's RMSprop saved; arrays are copied.
 
-        Options that are missing come from ``defaults``, state that is missing goes back
-        to its start. ``contiguous_params``, the names, and keys of a group that are no
+        Where both sides have names for all parameters, state goes by name, else by
+        position. Options that are missing come from ``defaults``, state that is missing
+        goes back to its start. ``contiguous_params``, the names, and keys of a group that are no
         options and not in the checkpoint (``clip_grad_max_norm``) stay as they are here. A
         checkpoint of another framework says nothing of its dialect: make the optimizer
         with that dialect first, as ``RMSprop(params, **dialect("torch"))``.
 
         Raises:
-            ValueError: for another layout of groups, or state that does not fit; the
-                optimizer is unchanged then.
+            ValueError: for another layout of groups, other names, or state that does not
+                fit; the optimizer is unchanged then.
         """
         try:
             saved_groups = list(state_dict["param_groups"])
@@ -339,6 +408,7 @@ class RMSprop(_core.Optimizer):
             raise ValueError(
                 f"state_dict: expected state of parameters {numbers}, got {unknown}"
             )
+        places = self._by_name(places, saved_groups)
         kept = ("params", "param_names", "contiguous_params")
         groups = []
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
@@ -352,6 +422,22 @@ class RMSprop(_core.Optimizer):
             for number, entry in saved_state.items()
         }
         restore(self, {index: entries.get(index, {}) for index in self.state}, groups)
+
+    def _by_name(
+        self, places: dict[Any, int], saved_groups: list[Mapping[str, Any]]
+    ) -> dict[Any, int]:
+        """Where the parameters of a checkpoint go if both sides have names for all."""
+        own = _names_in(self.param_groups)
+        saved = _names_in(saved_groups)
+        if own is None or saved is None or len(saved) != len(places):
+            return places
+        if set(own) != set(saved):
+            raise ValueError(
+                "state_dict: expected parameters of the same names, got"
+                f" {sorted(set(saved) - set(own))} for {sorted(set(own) - set(saved))}"
+            )
+        found = {name: index for index, name in enumerate(own)}
+        return {number: found[name] for number, name in zip(places, saved)}
 
     def __getstate__(self) -> dict[str, Any]:
         options = {key: getattr(self, key) for key in _OPTIMIZER_OPTIONS}
@@ -384,6 +470,8 @@ class RMSprop(_core.Optimizer):
                 for key in sorted(group)
                 if key not in ("params", "param_names")
             ]
+        options = ("max_grad_norm", "nonfinite", "threads")
+        lines += [f"{key}: {getattr(self, key)}" for key in options]
         return "\n".join([*lines, ")"])
 
 
@@ -484,6 +572,23 @@ def _is_parameter(item: Any) -> bool:
             return False
         return True
     return False
+
+
+def _names_in(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
+    """The names of all parameters, or None if some have none."""
+    names: list[str] = []
+    for group in groups:
+        if not group["params"]:
+            continue
+        if "param_names" not in group:
+            return None
+        names += group["param_names"]
+    return names
+
+
+def _is_torch_parameter(item: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(item, torch.nn.Parameter)
 
 
 def _check_loaded(options: dict[str, Any], place: str) -> None:

@@ -41,6 +41,12 @@ fn dialect<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
     options::dialect_options(py, config)
 }
 
+/// The option that was meant by a key that is none; None if nobody can tell.
+#[pyfunction]
+fn meant_by(key: &str) -> Option<&'static str> {
+    options::meant_by(key)
+}
+
 /// Checks the options of a dict; `place` is " of group 0" or nothing. TypeError or ValueError names
 /// the first bad one.
 #[pyfunction]
@@ -97,6 +103,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<parameter::Parameter>()?;
     module.add_class::<torch::Stepper>()?;
     module.add_function(wrap_pyfunction!(dialect, module)?)?;
+    module.add_function(wrap_pyfunction!(meant_by, module)?)?;
     module.add_function(wrap_pyfunction!(check_options, module)?)?;
     module.add_function(wrap_pyfunction!(check_torch_options, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;

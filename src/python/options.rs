@@ -37,6 +37,44 @@ pub(crate) fn table(py: Python<'_>) -> PyResult<Bound<'_, PyTuple>> {
     PyTuple::new(py, rows)
 }
 
+/// What other frameworks call an option.
+const ALIASES: [(&str, &str); 4] = [
+    ("learning_rate", "lr"),
+    ("rho", "alpha"),
+    ("decay", "alpha"),
+    ("epsilon", "eps"),
+];
+
+/// The option that was meant by a key that is none: another framework's name for it, or one letter
+/// away.
+pub(crate) fn meant_by(key: &str) -> Option<&'static str> {
+    let options = OPTIONS.iter().map(|option| option.name);
+    let mut names = options.chain([CONTIGUOUS]).chain(OPTIMIZER_OPTIONS);
+    if names.clone().any(|name| name == key) {
+        return None;
+    }
+    let alias = ALIASES.iter().find(|alias| alias.0 == key);
+    alias.map_or_else(
+        || names.find(|name| is_one_letter_away(name.as_bytes(), key.as_bytes())),
+        |alias| Some(alias.1),
+    )
+}
+
+/// Whether one letter is missing, another, or exchanged with the next.
+fn is_one_letter_away(mut a: &[u8], mut b: &[u8]) -> bool {
+    while let ([x, rest_a @ ..], [y, rest_b @ ..]) = (a, b)
+        && x == y
+    {
+        (a, b) = (rest_a, rest_b);
+    }
+    while let ([rest_a @ .., x], [rest_b @ .., y]) = (a, b)
+        && x == y
+    {
+        (a, b) = (rest_a, rest_b);
+    }
+    matches!((a, b), (&[x, y], &[u, v]) if (x, y) == (v, u)) || a.len().max(b.len()) == 1
+}
+
 /// The options that a dialect fixes, as keyword arguments.
 pub(crate) fn dialect_options(py: Python<'_>, mut config: Config) -> PyResult<Bound<'_, PyDict>> {
     let options = PyDict::new(py);
@@ -94,6 +132,15 @@ pub(crate) fn read_options(
                 "{key}{place}: expected it as an argument of the optimizer, got it in a group"
             );
             return Err(PyValueError::new_err(found));
+        }
+    }
+    // Other keys are the user's; in torch's groups, any are.
+    for key in options.keys().iter().filter(|_| !is_torch) {
+        if let Ok(key) = key.extract::<&str>()
+            && let Some(meant) = meant_by(key)
+        {
+            let message = format!("{key}{place}: expected the key {meant}, got {key}");
+            return Err(PyValueError::new_err(message));
         }
     }
     match check_ranges(front, &config) {
