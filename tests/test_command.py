@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rmsprop
 from rmsprop import bench, machine
+from rmsprop.__main__ import main
 
 # As if these were not installed: imports fail and nothing is found.
 WITHOUT = """
@@ -95,12 +96,37 @@ def test_info_of_a_wrong_environment(command):
     assert "Traceback" not in finished.stderr
 
 
+def test_alone(command):
+    """It says what there is."""
+    assert {"info", "bench", "--version"} <= set(
+        re.findall(r"[\w-]+", command().stdout)
+    )
+    assert command("--version").stdout == f"{rmsprop.__version__}\n"
+
+
+def test_a_wrong_instruction_set(command):
+    finished = command("info", status=1, RMSPROP_ISA="avx9")
+    (line,) = finished.stderr.splitlines()
+    assert "RMSPROP_ISA" in line
+    assert "avx9" in line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(threads):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupt)
+    assert main(["bench"]) == 130
+    assert capsys.readouterr().err.strip() == "python -m rmsprop bench: interrupted"
+
+
 def times(printed):
     """Of the table that `bench` prints: microseconds of a step and of a loop."""
     found = {}
     for line in printed.splitlines():
-        if line.endswith("x"):
-            cells = line[20:].replace("x", "").replace(",", "").split()
+        if re.search(r"\d+x[ ?]$", line):
+            cells = re.sub("[x,?]", "", line[20:]).split()
             found[line[:20].strip()] = tuple(map(float, cells))
     return found
 
@@ -120,6 +146,10 @@ def test_bench(command):
         assert of_step == pytest.approx(step_us / ours[0], rel=0.01)
         assert of_loop == pytest.approx(loop_us / ours[2], rel=0.01)
     assert "left out" not in printed or len(wanted) < 5
+    said = re.search(
+        "^Beside NumPy by hand, a step is (.*) times", printed, re.MULTILINE
+    )
+    assert float(said[1]) == pytest.approx(found["NumPy by hand"][1], rel=0.1)
 
 
 def test_rivals_that_are_not_installed_are_named(command):

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rmsprop import info, machine
+from rmsprop import __version__, info, machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments, or those of the process; gives the exit status."""
     parser = argparse.ArgumentParser("python -m rmsprop", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command")
     about = "version, instruction set, threads, features, and what limits them"
     asked = commands.add_parser("info", help=about, description=about)
     asked.add_argument("--json", action="store_true", help="as JSON")
@@ -26,13 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed = commands.add_parser("bench", help=about, description=about)
     timed.add_argument("--threads", type=int, default=1, help="of ours and of torch")
     args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     if args.command == "info":
         return _print_info(as_json=args.json, import_torch=args.torch)
     if args.threads < 1:
         timed.error(f"--threads: expected 1 or more, got {args.threads}")
     from rmsprop import bench  # `info` must not wait for what it does not use
 
-    return bench.run(args.threads)
+    try:
+        return bench.run(args.threads)
+    except KeyboardInterrupt:
+        print("\npython -m rmsprop bench: interrupted", file=sys.stderr)
+        return 130
 
 
 def describe(*, import_torch: bool = False) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from timeit import timeit
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,30 +29,60 @@ BATCH, SECONDS, TURN = 32, 3.0, 20  # a turn is so many calls
 def run(threads: int) -> int:
     """Measures, prints, and gives the exit status."""
     columns, left_out = [], dict[str, str]()
+    print(f"rmsprop {info()['version']}, {info()['isa']}, threads={threads}")
+    print(
+        f"measuring for {SECONDS * len(SIZES):.0f} seconds, after imports\n", flush=True
+    )
     for what in SIZES:
         calls = array_calls(what, threads, left_out)
         columns.append(measure(calls | torch_calls(what, threads, left_out)))
-    print(f"rmsprop {info()['version']}, {info()['isa']}, threads={threads}\n")
-    print(f"{'microseconds, / ours':20}", *(f"{what:>20}" for what in SIZES))
+    print(f"{'microseconds, / ours':20}", *(f"{what:>21}" for what in SIZES))
     for name in columns[0]:
-        ours = "rmsprop.torch" if "torch" in name else "rmsprop"
-        cells = (f"{us[name]:12,.1f}{us[name] / us[ours]:7.2f}x" for us in columns)
+        cells = (
+            f"{times[name].us:12,.1f}{ratio(times, name):7.2f}x{times[name].mark}"
+            for times in columns
+        )
         print(f"{name:20}", *cells)
     print("\na step: 6 tensors, 269 k elements; a loop: an update of a perceptron")
+    if any(time.mark == "?" for times in columns for time in times.values()):
+        print("?: unstable, the median is over three times the minimum")
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
+    for rival in ("NumPy by hand", "torch.optim"):
+        if rival in columns[0]:
+            step, loop = (ratio(times, rival) for times in columns)
+            print(
+                f"Beside {rival}, a step is {step:.2g} times as fast here, and the loop"
+                f" {loop:.2f} times."
+            )
     return 0
 
 
-def measure(calls: dict[str, Call]) -> dict[str, float]:
-    """The median microseconds of each call."""
+class Time(NamedTuple):
+    """The median microseconds of a call, and "?" if they are unstable."""
+
+    us: float
+    mark: str
+
+
+def ratio(times: dict[str, Time], name: str) -> float:
+    """How many times as long as ours of its front."""
+    ours = "rmsprop.torch" if "torch" in name else "rmsprop"
+    return times[name].us / times[ours].us
+
+
+def measure(calls: dict[str, Call]) -> dict[str, Time]:
+    """The time of each call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = perf_counter() + SECONDS
     while perf_counter() < end:
         for name, call in calls.items():
             call()  # compiles, wakes its threads
             times[name].append(timeit(call, number=TURN) / TURN * 1e6)
-    return {name: median(found) for name, found in times.items()}
+    return {
+        name: Time(median(found), "?" if median(found) > 3 * min(found) else " ")
+        for name, found in times.items()
+    }
 
 
 def arrays(what: str) -> tuple[Arrays, np.ndarray, np.ndarray]:

@@ -176,6 +176,22 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
     plan.odd[index] = odd
 
 
+def check_new(opt: Steps, group: Group) -> None:
+    """Refuses tensors of the last group that only torch's own rmsprop steps, with options it lacks."""
+    if not (own := _own_options(opt, group)):
+        return
+    first = sum(len(other["params"]) for other in opt.param_groups[:-1])
+    for index, p in enumerate(group["params"], start=first):
+        is_ours = p.dtype in _NUMPY_DTYPES and p.device.type in ("cpu", "meta")
+        if not is_ours:
+            name = opt._stepper.name_in(list(opt.param_groups), index)
+            raise ValueError(
+                f"{name}: expected float32, float64 or complex in host memory, got"
+                f" {str(p.dtype).removeprefix('torch.')} on {p.device}, which is left to torch's"
+                f" own rmsprop, and that has no {own[0]}"
+            )
+
+
 def _own_options(opt: Steps, group: Group) -> list[str]:
     """Lists the options in effect that torch's own rmsprop does not have."""
     has_momentum, decays = group["momentum"] > 0, group["weight_decay"] != 0

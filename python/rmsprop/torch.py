@@ -252,6 +252,10 @@ class RMSprop(Optimizer):
         own = {key: getattr(self, key) for key in (*_OF_OPTIMIZER, "skipped_steps")}
         return {**super().__getstate__(), **own}
 
+    def __repr__(self) -> str:
+        options = "".join(f"{key}: {getattr(self, key)}\n" for key in _OF_OPTIMIZER)
+        return super().__repr__().removesuffix(")") + options + ")"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # From a pickle, or (only "state" and "param_groups") from load_state_dict.
         state = dict(state)
@@ -301,6 +305,7 @@ class RMSprop(Optimizer):
         try:
             place = f" of group {len(self.param_groups) - 1}"
             _core.check_torch_options(param_group, place)
+            fallback.check_new(self, param_group)
             if param_group.get("contiguous_params"):
                 _flatten(param_group["params"])
             if self._in_backward is not None:

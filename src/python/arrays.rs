@@ -175,6 +175,12 @@ impl Optimizer {
         grads: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Option<Py<PyAny>>> {
         let py = slf.py();
+        if let Some(closure) = closure.filter(|closure| !closure.is_callable()) {
+            let class = closure.get_type().name()?;
+            let message =
+                format!("closure: expected a function, got {class}: gradients are grads=");
+            return Err(PyTypeError::new_err(message));
+        }
         let value = closure.map(|closure| closure.call0()).transpose()?;
         let (this, options) = (slf.get(), slf.as_super().get());
         let grads = Grads::new(grads)?;

@@ -3,7 +3,7 @@
 use numpy::PyUntypedArray;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::types::PyMemoryView;
+use pyo3::types::{PyFloat, PyMemoryView};
 use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, intern};
 
 use super::dlpack::{self, Exchange, Managed};
@@ -46,7 +46,7 @@ impl Source {
             return Ok(Source::Array(array.clone().unbind()));
         }
         if is_scalar(object)? {
-            return Err(Refusal::NotAnArray.into());
+            return Err(Refusal::Scalar.into());
         }
         if let Some(exchange) = Exchange::of(object)? {
             let source = Source::Exchange(Box::new((object.clone().unbind(), exchange)));
@@ -191,7 +191,7 @@ pub(crate) enum Gradient {
 
 impl Gradient {
     /// Takes a gradient: whatever a parameter may be, read-only or in a legacy capsule too; None; or
-    /// a NumPy scalar, which is what NumPy's reductions return for a parameter without dimensions.
+    /// a float or a NumPy scalar, which is what reductions return for a parameter without dimensions.
     /// Runs Python code.
     #[inline]
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Failure> {
@@ -206,7 +206,7 @@ impl Gradient {
         if object.is_none() {
             return Ok(Gradient::None);
         }
-        if is_scalar(object)? {
+        if is_scalar(object)? || object.is_instance_of::<PyFloat>() {
             let array = as_array(object)?;
             learn_dtype(&array);
             return Ok(Gradient::Held(Source::Array(array.unbind())));

@@ -621,6 +621,8 @@ pub(crate) fn describe_array(dtype: &str, shape: &[i64]) -> String {
 pub(crate) enum Refusal {
     /// Not of a type that could be.
     NotAnArray,
+    /// NumPy's scalar, which cannot be written.
+    Scalar,
     /// A masked array, whose mask a step would not see.
     Masked,
     /// Of another element type.
@@ -671,6 +673,10 @@ impl Refusal {
         };
         match self {
             Refusal::NotAnArray => type_error(wanted, &class_name(object)),
+            Refusal::Scalar => type_error(
+                wanted,
+                &format!("an immutable NumPy scalar ({})", class_name(object)),
+            ),
             Refusal::Masked => type_error(
                 "an array without a mask (`.filled()` or `.data` gives one)",
                 &class_name(object),
