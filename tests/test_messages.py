@@ -52,7 +52,7 @@ def test_repr():
     shown = repr(opt).splitlines()
     assert {"max_grad_norm: 0.5", "nonfinite: skip", "threads: 2"} <= set(shown)
     shown = repr(TorchRMSprop([torch.ones(3)], max_grad_norm=0.5)).splitlines()
-    assert {"max_grad_norm: 0.5", "nonfinite: propagate", "threads: None"} <= set(shown)
+    assert shown[-2:] == ["max_grad_norm: 0.5", ")"]
 
 
 @pytest.mark.parametrize(

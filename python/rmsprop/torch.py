@@ -253,8 +253,14 @@ class RMSprop(Optimizer):
         return {**super().__getstate__(), **own}
 
     def __repr__(self) -> str:
-        options = "".join(f"{key}: {getattr(self, key)}\n" for key in _OF_OPTIMIZER)
-        return super().__repr__().removesuffix(")") + options + ")"
+        # Torch's own, as long as no option of ours is used.
+        options = {key: getattr(self, key) for key in _OF_OPTIMIZER}
+        used = [
+            f"{key}: {value}\n"
+            for key, value in options.items()
+            if value not in (None, "propagate")
+        ]
+        return super().__repr__().removesuffix(")") + "".join(used) + ")"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # From a pickle, or (only "state" and "param_groups") from load_state_dict.
