@@ -147,7 +147,7 @@ def test_bench(command):
         assert of_loop == pytest.approx(loop_us / ours[2], rel=0.01)
     assert "left out" not in printed or len(wanted) < 5
     said = re.search(
-        "^Beside NumPy by hand, a step is (\S+) times", printed, re.MULTILINE
+        r"^Beside NumPy by hand, a step is (\S+) times", printed, re.MULTILINE
     )
     assert float(said[1]) == pytest.approx(found["NumPy by hand"][1], rel=0.1)
 
