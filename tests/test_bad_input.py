@@ -619,9 +619,15 @@ GRADIENTS = [
     ),
     Row(
         "number",
-        TypeError,
-        r"gradient 1 \('fc.bias'\).*got.*float",
+        ValueError,
+        r"gradient 1 \('fc.bias'\): expected float32 of shape \(5,\), got float64 of shape \(\)",
         lambda world: 0.5,
+    ),
+    Row(
+        "integer",
+        TypeError,
+        r"gradient 1 \('fc.bias'\).*got int",
+        lambda world: 1,
     ),
     Row(
         "device",

@@ -111,6 +111,7 @@ OWNERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:params. torch's modules")
 @pytest.mark.parametrize("owner", OWNERS)
 def test_owners_of_grad(owner):
     arrays, grads = random_arrays(0), random_arrays(1)

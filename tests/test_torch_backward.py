@@ -536,7 +536,8 @@ def test_what_fails_keeps_its_gradient_and_the_rest_works_on():
     """Options that torch's own rmsprop lacks, and a tensor that only it takes."""
     ordinary = normal(0, (4,)).requires_grad_()
     half = normal(1, (4,)).bfloat16().requires_grad_()
-    opt = RMSprop([ordinary, half], eps_in_sqrt=True)
+    opt = RMSprop([ordinary, half])
+    opt.param_groups[0]["eps_in_sqrt"] = True  # at construction it would be refused
     opt.step_in_backward()
     with pytest.raises(ValueError, match=r"^eps_in_sqrt: .* got parameter 1 with"):
         square(half).backward()
