@@ -5,10 +5,10 @@
 //! looks at all memory and makes it work for the kernel. It *runs*, without the GIL if that takes
 //! long. And it *concludes*: counts, tells autograd.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
-use pyo3::exceptions::{PyAttributeError, PyIndexError, PyKeyError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyKeyError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
@@ -16,13 +16,13 @@ use pyo3::{PyTraverseError, PyVisit, intern};
 use super::error::{check_room, nonfinite};
 use super::group::{DTYPES, Group, NewState, flatten, half_of};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
-use super::overlap::{Extent, OutOfMemory};
+use super::overlap::Extent;
 use super::param::{Destinations, Param, Refused};
 use super::row;
-use super::source::{Gradient, GradientNow, Source, has_changed};
+use super::source::{LentSource, Source, has_changed};
 use super::step::{self, Crew};
 use super::turn::Turns;
-use super::view::{Failure, Lent, Quiet, Refusal, WANTED};
+use super::view::{Lent, Quiet, Refusal, WANTED};
 use crate::error::Error;
 use crate::kernel::batch::{Batch, Piece, Work};
 use crate::kernel::isa::isa;
@@ -48,8 +48,8 @@ const BYTES_A_PARAMETER: usize = size_of::<Param>() + 1024;
 struct ArraySession {
     groups: Vec<Group>,
     params: Vec<Param>,
-    /// Some can only be read after Python code has run.
-    has_foreign: bool,
+    /// Those that can only be read after Python code has run.
+    foreign: Vec<usize>,
     /// Updates of each parameter.
     steps: Vec<u64>,
     /// Whether this step updates it.
@@ -57,12 +57,11 @@ struct ArraySession {
     destinations: Destinations,
     /// Kept from step to step so that a step allocates nothing.
     batch: Batch,
-    /// One for each parameter, as far as they are held.
-    gradients: Vec<Gradient>,
-    is_holding: bool,
-    /// What is let go of when the step is over: arrays that parameters had before.
-    retired: Vec<Py<PyAny>>,
-    /// What a step without the GIL holds.
+    /// One for each parameter, None where there is none; empty as long as they are read where they
+    /// are, from a list or a tuple.
+    gradients: Vec<Option<Source>>,
+    /// What is let go of when the step is over: arrays that parameters had before, and what a step
+    /// without the GIL uses.
     held: Vec<Py<PyAny>>,
 }
 
@@ -86,14 +85,12 @@ impl Optimizer {
         let contents = ArraySession {
             groups: Vec::new(),
             params: Vec::new(),
-            has_foreign: false,
+            foreign: Vec::new(),
             steps: Vec::new(),
             stepped: Vec::new(),
             destinations: Destinations::default(),
             batch: Batch::new(code_of(isa()?)?),
             gradients: Vec::new(),
-            is_holding: false,
-            retired: Vec::new(),
             held: Vec::new(),
         };
         let optimizer = Optimizer {
@@ -190,9 +187,8 @@ impl Optimizer {
         let outcome = turn.step(py, &groups, &grads, &values);
         turn.release(py);
         drop(turn);
-        let verdict = outcome?;
-        let is_skipped = matches!(verdict.outcome, Outcome::Skip);
-        options.report(&values, verdict.norm, is_skipped);
+        let Verdict { norm, outcome } = outcome?;
+        options.report(&values, norm, matches!(outcome, Outcome::Skip));
         Ok(value.map(Bound::unbind))
     }
 
@@ -241,7 +237,7 @@ impl Optimizer {
         key: &str,
         value: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let gradient = Gradient::of(value);
+        let source = Source::of_gradient(value);
         let contents = self.contents.wait(py)?;
         contents.group_of(index)?;
         let param = &contents.params[index];
@@ -251,22 +247,21 @@ impl Optimizer {
             let message = format!("{culprit}: expected step or one of {names}");
             return Err(PyValueError::new_err(message));
         }
-        let fits = gradient.and_then(|gradient| {
-            Quiet::during(py, |quiet| {
-                let now = gradient.now(quiet, None, index);
-                now.view(quiet).and_then(|view| param.check_like(&view))
-            })?;
-            Ok(())
+        let fits = source.and_then(|source| {
+            let source = source.ok_or(Refusal::NotAnArray)?;
+            Ok(Quiet::during(py, |quiet| {
+                let view = source.lend(quiet).view(quiet)?;
+                param.check_like(&view)
+            })?)
         });
-        let raise = |failure: Failure| {
+        fits.map_err(|failure| {
             let error = failure.raise(culprit, &param.describe(), value);
             // State is data, not an argument: also the wrong type is a ValueError.
             match error.is_instance_of::<PyTypeError>(py) {
                 true => PyValueError::new_err(error.value(py).to_string()),
                 false => error,
             }
-        };
-        fits.map_err(raise)
+        })
     }
 
     /// Gives the state of parameters other values, all at once: for each of the given ones a mapping
@@ -302,8 +297,8 @@ impl Optimizer {
 enum Grads<'py> {
     /// Each parameter's `.grad`.
     Attributes,
-    /// A list or a tuple, and how many it has.
-    Items(Bound<'py, PyAny>, usize),
+    /// A list or a tuple.
+    Items(Bound<'py, PyAny>),
     Mapping(Bound<'py, PyMapping>),
 }
 
@@ -313,11 +308,8 @@ impl<'py> Grads<'py> {
         let Some(grads) = grads else {
             return Ok(Grads::Attributes);
         };
-        if let Ok(list) = grads.cast::<PyList>() {
-            return Ok(Grads::Items(grads.clone(), list.len()));
-        }
-        if let Ok(tuple) = grads.cast::<PyTuple>() {
-            return Ok(Grads::Items(grads.clone(), tuple.len()));
+        if grads.is_instance_of::<PyList>() || grads.is_instance_of::<PyTuple>() {
+            return Ok(Grads::Items(grads.clone()));
         }
         if let Ok(mapping) = grads.cast::<PyMapping>() {
             return Ok(Grads::Mapping(mapping.clone()));
@@ -333,21 +325,20 @@ impl<'py> Grads<'py> {
         }
         let items = grads.try_iter().map_err(|_| wrong())?;
         let items = items.collect::<PyResult<Vec<_>>>()?;
-        let count = items.len();
         let items = PyTuple::new(grads.py(), items)?;
-        Ok(Grads::Items(items.into_any(), count))
+        Ok(Grads::Items(items.into_any()))
     }
 
     /// That there is one for each parameter, and no other.
     fn check(&self, params: &[Param]) -> PyResult<()> {
         match self {
             Grads::Attributes => Ok(()),
-            Grads::Items(_, found) if *found == params.len() => Ok(()),
-            Grads::Items(_, found) => {
-                let wanted = params.len();
-                let message = format!("grads: expected {wanted} gradients, got {found}");
-                Err(PyValueError::new_err(message))
-            }
+            Grads::Items(items) => match (items.len()?, params.len()) {
+                (found, wanted) if found == wanted => Ok(()),
+                (found, wanted) => Err(PyValueError::new_err(format!(
+                    "grads: expected {wanted} gradients, got {found}"
+                ))),
+            },
             Grads::Mapping(mapping) => check_names(mapping, params),
         }
     }
@@ -355,38 +346,20 @@ impl<'py> Grads<'py> {
     /// The gradient of a parameter, or Python's None.
     fn of(&self, py: Python<'py>, param: &Param, index: usize) -> PyResult<Bound<'py, PyAny>> {
         match self {
-            Grads::Items(items, _) => items.get_item(index).map_err(|_| {
-                PyValueError::new_err(
-                    "grads: expected a list that stays as it is, got a shorter one",
-                )
+            Grads::Attributes => param.grad(py, index),
+            Grads::Items(items) => items.get_item(index).map_err(|_| {
+                let wanted = "expected a list that stays as it is";
+                PyValueError::new_err(format!("grads: {wanted}, got a shorter one"))
             }),
             Grads::Mapping(mapping) => mapping.get_item(&param.name).map_err(|error| {
-                if !error.is_instance_of::<PyKeyError>(py) {
-                    return error;
+                match error.is_instance_of::<PyKeyError>(py) {
+                    true => PyValueError::new_err(format!(
+                        "{}: expected an array or None, got no entry in grads",
+                        param.culprit("gradient", index)
+                    )),
+                    false => error,
                 }
-                let culprit = param.culprit("gradient", index);
-                let message =
-                    format!("{culprit}: expected an array or None, got no entry in grads");
-                PyValueError::new_err(message)
             }),
-            Grads::Attributes => match &param.source {
-                Source::Parameter(parameter, ..) if !param.has_own_grad => Ok(parameter
-                    .get()
-                    .grad(py)
-                    .unwrap_or_else(|| py.None().into_bound(py))),
-                _ => param
-                    .object
-                    .bind(py)
-                    .getattr(intern!(py, "grad"))
-                    .map_err(|error| {
-                        if !error.is_instance_of::<PyAttributeError>(py) {
-                            return error;
-                        }
-                        let culprit = param.culprit("parameter", index);
-                        let wanted = "one with .grad, or a step(grads=...)";
-                        PyValueError::new_err(format!("{culprit}: expected {wanted}, got neither"))
-                    }),
-            },
         }
     }
 }
@@ -400,12 +373,10 @@ fn check_names(mapping: &Bound<'_, PyMapping>, params: &[Param]) -> PyResult<()>
     if mapping.len()? <= params.len() {
         return Ok(()); // A missing name will be missed.
     }
-    let names: HashMap<_, _> = params
-        .iter()
-        .map(|param| (param.name.as_deref(), ()))
-        .collect();
+    let names = params.iter().filter_map(|param| param.name.as_deref());
+    let names: HashSet<_> = names.collect();
     for key in mapping.keys()?.iter() {
-        let is_name = |key: &str| names.contains_key(&Some(key));
+        let is_name = |key: &str| names.contains(key);
         if !key.extract::<&str>().is_ok_and(is_name) {
             let message = format!("grads: expected names of parameters, got {}", key.repr()?);
             return Err(PyValueError::new_err(message));
@@ -443,13 +414,8 @@ impl ArraySession {
         let mut created = Created::new();
         let read = self.read_groups(py, dicts, &mut created);
         let outcome = read.and_then(|()| self.step_groups(py, grads, options));
-        if !matches!(
-            outcome,
-            Ok(Verdict {
-                outcome: Outcome::Update,
-                ..
-            })
-        ) {
+        let is_update = |verdict: &Verdict| matches!(verdict.outcome, Outcome::Update);
+        if !outcome.as_ref().is_ok_and(is_update) {
             self.take_back(&created);
         }
         outcome
@@ -462,25 +428,22 @@ impl ArraySession {
         options: &Values,
     ) -> PyResult<Verdict> {
         grads.check(&self.params)?;
+        // Of a list of arrays nothing is taken: they are read where they are.
         let items = match grads {
-            Grads::Items(items, _) => Some(items.clone().unbind()),
+            Grads::Items(items) if self.foreign.is_empty() => Some(items),
             _ => None,
         };
-        self.groups
-            .iter_mut()
-            .for_each(|group| group.is_flat = false);
-        if items.is_none() || self.has_foreign {
+        let mut outcome = match items {
+            Some(items) => self.check_and_run(py, Some(items.as_unbound()), options),
+            None => Err(Refused::Collect),
+        };
+        // Once more if Python code that ran meanwhile has changed what is to be taken.
+        let mut tries = 0..2;
+        while let (Err(Refused::Collect), Some(_)) = (&outcome, tries.next()) {
             self.collect(py, grads)?;
+            outcome = self.check_and_run(py, None, options);
         }
-        let mut outcome = self.check_and_run(py, items.as_ref(), options);
-        if let Err(Refused::Collect) = outcome {
-            self.groups
-                .iter_mut()
-                .for_each(|group| group.is_flat = false);
-            self.collect(py, grads)?;
-            outcome = self.check_and_run(py, items.as_ref(), options);
-        }
-        let verdict = outcome.map_err(|refused| self.raise(py, items.as_ref(), refused))?;
+        let verdict = outcome.map_err(|refused| self.raise(py, items, refused))?;
         self.conclude(py, &verdict)?;
         Ok(verdict)
     }
@@ -590,14 +553,20 @@ impl ArraySession {
     fn rebind(&mut self, group: usize, (objects, replaced): Replaced) {
         for (index, new) in replaced {
             let old = std::mem::replace(&mut self.params[index], new);
-            self.retired.push(old.object);
+            self.held.push(old.object);
             self.destinations.forget();
             let halves = self.groups[group].halves.iter_mut();
             halves.for_each(|half| half.flat = None);
         }
-        self.has_foreign = self.params.iter().any(|param| param.source.is_foreign());
+        self.find_foreign();
         let old = std::mem::replace(&mut self.groups[group].objects, objects);
-        self.retired.push(old.into_any());
+        self.held.push(old.into_any());
+    }
+
+    fn find_foreign(&mut self) {
+        let params = self.params.iter().enumerate();
+        let foreign = params.filter(|(_, param)| param.source.is_foreign());
+        self.foreign = foreign.map(|(index, _)| index).collect();
     }
 
     /// Takes state that a group was missing, and notes what it was.
@@ -628,38 +597,36 @@ impl ArraySession {
     /// Takes the gradients, and what else of the parameters can only be read after Python code has
     /// run.
     fn collect(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<()> {
-        self.is_holding = true;
+        self.gradients.clear();
         for group in &mut self.groups {
-            if let Grads::Attributes = grads {
-                group.settle_mode(&self.steps);
-            }
-            if group.is_flat {
-                continue;
-            }
+            group.is_flat = matches!(grads, Grads::Attributes) && group.can_be_flat(&self.steps);
             for index in group.range.clone() {
-                let param = &mut self.params[index];
+                if group.is_flat {
+                    self.gradients.push(None);
+                    continue;
+                }
+                let param = &self.params[index];
                 let object = grads.of(py, param, index)?;
-                let gradient = Gradient::of(&object).map_err(|refusal| {
-                    let culprit = param.culprit("gradient", index);
-                    refusal.raise(culprit, &param.describe(), &object)
-                })?;
-                self.gradients[index] = gradient;
+                let gradient = Source::of_gradient(&object)
+                    .map_err(|failure| param.refuse("gradient", index, failure, &object))?;
+                self.gradients.push(gradient);
             }
         }
         // After the gradients, for making those may replace a parameter.
-        let foreign = self.params.iter_mut().enumerate();
-        for (index, param) in foreign.filter(|(_, param)| param.source.is_foreign()) {
-            let is_written = !matches!(self.gradients[index], Gradient::None);
-            if let Err(refusal) = param.source.renew(py)
-                && is_written
+        for &index in &self.foreign {
+            let param = &mut self.params[index];
+            if let Err(failure) = param.source.renew(py)
+                && self.gradients[index].is_some()
             {
                 let culprit = param.culprit("parameter", index);
-                return Err(refusal.raise(culprit, WANTED, param.object.bind(py)));
+                return Err(failure.raise(culprit, WANTED, param.object.bind(py)));
             }
         }
         Ok(())
     }
 
+    /// `items` are the list or tuple of gradients where they are read; without, those that were
+    /// taken are used.
     fn check_and_run(
         &mut self,
         py: Python<'_>,
@@ -674,29 +641,29 @@ impl ArraySession {
             destinations,
             batch,
             gradients,
-            retired,
             held,
             ..
         } = self;
-        let mut check = ArrayCheck {
-            groups,
-            params,
-            steps,
-            stepped,
-            destinations,
-            gradients,
-            retired,
-        };
         let crew = Crew {
             allowed: options.threads(),
             lender: None,
             is_apart: true,
         };
         step::run(py, &crew, &options.clipping, None, |quiet| {
-            let items = items.map(|items| Lent::of(quiet, items));
-            let work = check.all(quiet, batch.open(), items)?;
+            let mut check = ArrayCheck {
+                quiet,
+                items: items.map(|items| Lent::of(quiet, items)),
+                gradients,
+                groups,
+                params,
+                steps,
+                stepped,
+                destinations,
+                held,
+            };
+            let work = check.all(batch.open())?;
             if step::is_long(&work) {
-                check.hold(quiet, items, held);
+                check.hold();
             }
             Ok((work, || ()))
         })
@@ -723,24 +690,15 @@ impl ArraySession {
     /// Tells torch that its tensors were written in place, so that a backward pass through what
     /// they were raises instead of computing something else.
     fn tell_autograd(&self, py: Python<'_>) -> PyResult<()> {
-        if !self.has_foreign {
-            return Ok(());
-        }
-        let is_torchs = |param: &&Param| {
+        let is_updated_tensor = |index: &usize| {
+            let param = &self.params[*index];
             let class = param.object.bind(py).get_type();
-            matches!(param.source, Source::Exchange(_))
-                && class
-                    .module()
-                    .is_ok_and(|name| name.to_string().starts_with("torch"))
+            self.stepped[*index]
+                && matches!(param.source, Source::Exchange(_))
+                && (class.module()).is_ok_and(|name| name.to_string().starts_with("torch"))
         };
-        let updated = self.params.iter().zip(&self.stepped);
-        let updated = updated
-            .filter(|(_, stepped)| **stepped)
-            .map(|(param, _)| param);
-        let tensors: Vec<_> = updated
-            .filter(is_torchs)
-            .map(|param| &param.object)
-            .collect();
+        let updated = self.foreign.iter().copied().filter(is_updated_tensor);
+        let tensors: Vec<_> = updated.map(|index| &self.params[index].object).collect();
         if !tensors.is_empty() {
             let graph = py.import(intern!(py, "torch.autograd.graph"))?;
             graph.call_method1(intern!(py, "increment_version"), (tensors,))?;
@@ -750,59 +708,50 @@ impl ArraySession {
 
     /// The error for a gradient that is not finite. A piece may be several parameters that lie next
     /// to each other.
-    fn nonfinite(&self, mut index: usize, mut element: usize, found: f64) -> PyErr {
-        let dtype = self.params[index].dtype;
-        while element >= self.params[index].numel {
-            let mut others = index + 1..self.params.len();
-            let Some(next) = others.find(|&next| self.params[next].dtype == dtype) else {
-                break;
-            };
-            element -= self.params[index].numel;
-            index = next;
-        }
-        let culprit = self.params[index].culprit("gradient", index);
-        nonfinite(&culprit, found, Some(element))
+    fn nonfinite(&self, index: usize, element: usize, found: f64) -> PyErr {
+        let first = &self.params[index];
+        let place = first.offset + element;
+        let is_owner = |(_, param): &(usize, &Param)| {
+            param.dtype == first.dtype && place < param.offset + param.numel
+        };
+        let mut params = (index..).zip(&self.params[index..]);
+        let (index, param) = params.find(is_owner).unwrap_or((index, first));
+        let culprit = param.culprit("gradient", index);
+        nonfinite(&culprit, found, Some(place - param.offset))
     }
 
     /// The error for what was refused. Runs Python code.
-    fn raise(&self, py: Python<'_>, items: Option<&Py<PyAny>>, refused: Refused) -> PyErr {
+    fn raise(&self, py: Python<'_>, items: Option<&Bound<'_, PyAny>>, refused: Refused) -> PyErr {
         match refused {
             Refused::Parameter(index, refusal) => {
                 let param = &self.params[index];
-                let culprit = param.culprit("parameter", index);
-                let wanted = param.describe();
-                refusal.raise(culprit, &wanted, param.object.bind(py))
+                param.refuse("parameter", index, refusal, param.object.bind(py))
             }
             Refused::Gradient(index, refusal) => {
-                let param = &self.params[index];
-                let object = match (&self.gradients[index], items) {
-                    (Gradient::Held(source), _) => Some(source.object(py)),
-                    (_, Some(items)) => items.bind(py).get_item(index).ok(),
+                let object = match (self.gradients.get(index), items) {
+                    (Some(Some(source)), _) => Some(source.object(py)),
+                    (_, Some(items)) => items.get_item(index).ok(),
                     _ => None,
                 };
                 let object = object.unwrap_or_else(|| py.None().into_bound(py));
-                refusal.raise(param.culprit("gradient", index), &param.describe(), &object)
-            }
-            Refused::Clash(clash) => self.destinations.raise(&self.params, &clash),
-            Refused::State(index) => {
-                let wanted = "expected the optimizer's own arrays";
-                let found = "got one that was resized or given other memory";
-                PyValueError::new_err(format!("state of group {index}: {wanted}, {found}"))
+                self.params[index].refuse("gradient", index, refusal, &object)
             }
             Refused::Collect => has_changed("gradients"),
-            Refused::OutOfMemory => OutOfMemory.into(),
+            Refused::Error(error) => error,
         }
     }
 
     /// Lets go of what a step held.
     fn release(&mut self, py: Python<'_>) {
-        if std::mem::take(&mut self.is_holding) {
-            let gradients = self.gradients.iter_mut();
-            gradients.for_each(|gradient| gradient.release(py));
-            let params = self.params.iter_mut();
-            params.for_each(|param| param.source.release());
+        for gradient in self.gradients.drain(..) {
+            if let Some(Source::Array(array)) = gradient {
+                // Bound, so that dropping the reference need not find out whether the GIL is held.
+                drop(array.into_bound(py));
+            }
         }
-        self.retired.clear();
+        for &index in &self.foreign {
+            self.params[index].source.release();
+        }
         self.held.clear();
     }
 
@@ -880,11 +829,9 @@ impl ArraySession {
             self.groups.truncate(first_group);
             self.params.truncate(first);
         }
-        self.has_foreign = self.params.iter().any(|param| param.source.is_foreign());
+        self.find_foreign();
         self.steps.resize(self.params.len(), 0);
         self.stepped.resize(self.params.len(), false);
-        self.gradients
-            .resize_with(self.params.len(), Gradient::default);
         self.release(py);
         added
     }
@@ -913,30 +860,29 @@ impl ArraySession {
         room.map_err(|_| Error::OutOfMemory { elements: numel })?;
         // The others may have moved since they were last looked at. Whatever is wrong with one is a
         // matter of the step that writes it.
-        self.is_holding = true;
-        for param in &mut self.params[..old] {
-            let _ = param.source.renew(py);
+        for &index in &self.foreign {
+            let _ = self.params[index].source.renew(py);
         }
         let ArraySession {
             groups,
             params,
             destinations,
-            retired,
+            held,
             ..
         } = self;
         let checked = Quiet::during(py, |quiet| {
             for param in &mut params[..old] {
-                param.source.follow(quiet, retired);
-                param.refresh_unwritten(quiet);
+                param.source.follow(quiet, held);
+                let _ = param.recheck(quiet, false);
             }
             destinations.check(params, state_extents(groups))
         });
-        checked.map_err(|refused| self.raise(py, None, refused))?;
+        checked?;
         flatten(
             py,
             &mut self.groups[first..],
             &mut self.params,
-            &mut self.retired,
+            &mut self.held,
         )
     }
 
@@ -999,86 +945,91 @@ fn state_extents(groups: &[Group]) -> Vec<(String, Extent)> {
 /// The second part of a step: looks at all memory as it is now, and makes it work for the kernel.
 /// Nothing is written.
 struct ArrayCheck<'x> {
+    quiet: &'x Quiet<'x>,
+    /// The list or tuple of gradients, where they are read; without, those that were taken are used.
+    items: Option<Lent<'x>>,
+    gradients: &'x [Option<Source>],
     groups: &'x [Group],
     params: &'x mut [Param],
     steps: &'x [u64],
     stepped: &'x mut [bool],
     destinations: &'x mut Destinations,
-    gradients: &'x [Gradient],
-    retired: &'x mut Vec<Py<PyAny>>,
+    held: &'x mut Vec<Py<PyAny>>,
 }
 
-impl ArrayCheck<'_> {
-    /// All groups. `items` are the list or tuple of gradients that was given.
-    fn all<'w>(
-        &mut self,
-        quiet: &Quiet<'_>,
-        mut work: Work<'w, 'w>,
-        items: Option<Lent<'_>>,
-    ) -> Result<Work<'w, 'w>, Refused> {
+impl<'x> ArrayCheck<'x> {
+    /// All groups.
+    fn all<'w>(&mut self, mut work: Work<'w, 'w>) -> Result<Work<'w, 'w>, Refused> {
         let mut groups = self.groups.iter();
-        if let Some(index) = groups.position(|group| !group.has_its_memory(quiet)) {
-            return Err(Refused::State(index));
+        if let Some(index) = groups.position(|group| !group.has_its_memory(self.quiet)) {
+            let wanted = "expected the optimizer's own arrays";
+            let found = "got one that was resized or given other memory";
+            let message = format!("state of group {index}: {wanted}, {found}");
+            return Err(PyValueError::new_err(message).into());
         }
         // As a rule nothing has moved since the last step. If something has, the overlaps are
         // searched for anew, and then once more everything is looked at.
         loop {
             for group in self.groups {
-                self.group(quiet, &mut work, group, items)?;
+                match self.is_flat(group) {
+                    true => self.flat(&mut work, group)?,
+                    false => self.each(&mut work, group)?,
+                }
             }
             if self.destinations.is_checked() {
                 return Ok(work);
             }
-            self.destinations
-                .check(self.params, state_extents(self.groups))?;
+            let state = state_extents(self.groups);
+            self.destinations.check(self.params, state)?;
             work.clear();
         }
     }
 
-    /// A group. Nothing of it is made work once something has moved.
-    fn group(
-        &mut self,
-        quiet: &Quiet<'_>,
-        work: &mut Work<'_, '_>,
-        group: &Group,
-        items: Option<Lent<'_>>,
-    ) -> Result<(), Refused> {
-        let mut rules = RuleCache::default();
-        if group.is_flat {
-            // Python code may have run since that was decided.
-            if !group.is_whole() {
-                return Err(Refused::Collect);
-            }
-            self.flat(work, group, &mut rules);
-            return Ok(());
+    /// Whether the parameters and gradients of a group are taken as flat buffers.
+    fn is_flat(&self, group: &Group) -> bool {
+        self.items.is_none() && group.is_flat
+    }
+
+    /// The gradient of a parameter, if it has one.
+    #[inline]
+    fn gradient(&self, index: usize) -> Result<Option<LentSource<'x>>, Refused> {
+        let Some(items) = self.items else {
+            let source = self.gradients[index].as_ref();
+            return Ok(source.map(|source| source.lend(self.quiet)));
+        };
+        let item = items.item(self.quiet, index).ok_or(Refused::Collect)?;
+        match item.exact_array(self.quiet) {
+            Some(array) => Ok(Some(LentSource::Array(array))),
+            None if item.is_none(self.quiet) => Ok(None),
+            None => Err(Refused::Collect),
         }
+    }
+
+    /// The parameters of a group, one by one. Nothing of it is made work once something has moved.
+    fn each(&mut self, work: &mut Work<'_, '_>, group: &Group) -> Result<(), Refused> {
+        let mut rules = RuleCache::default();
         let config = &group.options.config;
         for index in group.range.clone() {
-            let gradient = self.gradients[index].now(quiet, items, index);
+            let gradient = self.gradient(index)?;
             let param = &mut self.params[index];
-            self.stepped[index] = !matches!(gradient, GradientNow::None);
-            if let GradientNow::Unknown = gradient {
-                return Err(Refused::Collect);
+            self.stepped[index] = gradient.is_some();
+            param.source.follow(self.quiet, self.held);
+            let mark = param.unchanged(self.quiet);
+            if mark.is_none() {
+                let has_moved = param
+                    .recheck(self.quiet, gradient.is_some())
+                    .map_err(|refusal| Refused::Parameter(index, refusal))?;
+                if has_moved {
+                    self.destinations.forget();
+                }
             }
-            param.source.follow(quiet, self.retired);
-            let mark = param.unchanged(quiet);
-            let has_moved = match (mark, self.stepped[index]) {
-                (Some(_), _) => false,
-                (None, false) => param.refresh_unwritten(quiet),
-                (None, true) => param
-                    .recheck(quiet)
-                    .map_err(|refusal| Refused::Parameter(index, refusal))?,
-            };
-            if has_moved {
-                self.destinations.forget();
-            }
-            if !self.stepped[index] || !self.destinations.is_checked() {
+            let Some(gradient) = gradient.filter(|_| self.destinations.is_checked()) else {
                 continue;
-            }
+            };
             let rule = rules.get(work, param.dtype, config, self.steps[index]);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
-                None => self.push(quiet, work, index, gradient, (rule, Role::used(config)))?,
+                None => self.push(work, index, gradient, rule, Role::used(config))?,
             }
         }
         Ok(())
@@ -1086,7 +1037,12 @@ impl ArrayCheck<'_> {
 
     /// The parameters of a group, and their gradients, as flat buffers.
     #[allow(unsafe_code)]
-    fn flat(&mut self, work: &mut Work<'_, '_>, group: &Group, rules: &mut RuleCache) {
+    fn flat(&mut self, work: &mut Work<'_, '_>, group: &Group) -> Result<(), Refused> {
+        // Python code may have run since that was decided.
+        if !group.is_whole() {
+            return Err(Refused::Collect);
+        }
+        let mut rules = RuleCache::default();
         self.stepped[group.range.clone()].fill(true);
         for (half, dtype) in group.halves.iter().zip(DTYPES) {
             let mut members = group.range.clone();
@@ -1112,6 +1068,7 @@ impl ArrayCheck<'_> {
             // same. The state that the options use is there since they were read.
             unsafe { work.push(piece) };
         }
+        Ok(())
     }
 
     /// A parameter and a gradient that are walked alike, like the state.
@@ -1125,10 +1082,8 @@ impl ArrayCheck<'_> {
         rule: u32,
     ) -> Result<(), Refused> {
         if g != self.params[index].cleared {
-            let extent = Extent {
-                data: g,
-                ..self.params[index].extent()
-            };
+            let mut extent = self.params[index].extent().clone();
+            extent.data = g;
             self.destinations
                 .check_gradient(self.params, index, &extent)?;
             self.params[index].cleared = g;
@@ -1156,33 +1111,32 @@ impl ArrayCheck<'_> {
     #[allow(unsafe_code)]
     fn push(
         &mut self,
-        quiet: &Quiet<'_>,
         work: &mut Work<'_, '_>,
         index: usize,
-        gradient: GradientNow<'_>,
-        (rule, uses): (u32, [bool; ROLES]),
+        gradient: LentSource<'_>,
+        rule: u32,
+        uses: [bool; ROLES],
     ) -> Result<(), Refused> {
+        let quiet = self.quiet;
         let in_gradient = |refusal| Refused::Gradient(index, refusal);
-        let in_param = |refusal| Refused::Parameter(index, refusal);
         let param = &self.params[index];
         let g = gradient.view(quiet).map_err(in_gradient)?;
-        let is_floating = !g.element.is_complex && g.shape == &param.shape[..];
-        if !is_floating {
-            return Err(in_gradient(match g.element.is_complex {
-                true => Refusal::DType,
-                false => Refusal::Unlike,
-            }));
+        if g.element.is_complex {
+            return Err(in_gradient(Refusal::DType));
+        }
+        if g.shape != &param.shape[..] {
+            return Err(in_gradient(Refusal::Unlike));
         }
         self.destinations
             .check_gradient(self.params, index, &g.extent())?;
         let read = |role: Role| match (role, role.state_key()) {
-            (Role::Parameter, _) => param.source.view(quiet),
+            (Role::Parameter, _) => param.source.lend(quiet).view(quiet),
             (_, None) => gradient.view(quiet),
             (_, Some(key)) => param.state_view(quiet, param.state[key as usize]),
         };
         let row = row::check(uses, read).map_err(|(role, refusal)| match role {
             Role::Gradient => in_gradient(refusal),
-            _ => in_param(refusal),
+            _ => Refused::Parameter(index, refusal),
         })?;
         // SAFETY: what keeps their memory is held, or lent by who keeps it while no Python code runs;
         // no two written arrays of the optimizer share an element.
@@ -1192,12 +1146,17 @@ impl ArrayCheck<'_> {
     }
 
     /// Takes references to what a step uses while other threads run.
-    fn hold(&self, quiet: &Quiet<'_>, items: Option<Lent<'_>>, held: &mut Vec<Py<PyAny>>) {
-        for group in self.groups.iter().filter(|group| !group.is_flat) {
+    fn hold(&mut self) {
+        for group in self.groups {
+            if self.is_flat(group) {
+                continue; // Buffers of the optimizer's own.
+            }
             for index in group.range.clone() {
-                let gradient = self.gradients[index].now(quiet, items, index);
-                held.extend(gradient.hold(quiet));
-                held.extend(self.params[index].source.hold(quiet));
+                let source = self.params[index].source.lend(self.quiet);
+                self.held.extend(source.hold(self.quiet));
+                if let Ok(Some(gradient)) = self.gradient(index) {
+                    self.held.extend(gradient.hold(self.quiet));
+                }
             }
         }
     }

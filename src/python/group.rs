@@ -217,14 +217,14 @@ impl Group {
         })
     }
 
-    /// Decides whether this step takes the parameters and gradients as flat buffers: if all of them
-    /// still are where `contiguous_params` put them.
-    pub fn settle_mode(&mut self, steps: &[u64]) {
+    /// Whether a step can take the parameters and gradients as flat buffers: if all of them still are
+    /// where `contiguous_params` put them.
+    pub fn can_be_flat(&self, steps: &[u64]) -> bool {
         let steps = &steps[self.range.clone()];
-        self.is_flat = self.is_contiguous
+        self.is_contiguous
             && !self.has_empty
             && self.is_whole()
-            && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]));
+            && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]))
     }
 
     /// Whether nobody has pulled the memory away: a view's `base` is within a user's reach.

@@ -15,7 +15,7 @@ use pyo3::exceptions::PyMemoryError;
 use smallvec::SmallVec;
 
 /// Where the elements of an array are. Strides are in bytes.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Extent {
     pub data: usize,
     /// (length, stride).

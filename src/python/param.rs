@@ -1,7 +1,7 @@
 //! A parameter of the array front, and what all of them span.
 
 use numpy::PyUntypedArray;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyAttributeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit, intern};
 use smallvec::SmallVec;
@@ -9,9 +9,9 @@ use smallvec::SmallVec;
 use super::options::culprit;
 use super::overlap::{Extent, Written};
 use super::parameter::Parameter;
-use super::source::{GradientNow, Source};
+use super::source::{LentSource, Source};
 use super::view::{
-    Access, Element, Failure, Header, Mark, Quiet, Refusal, View, WANTED, c_strides,
+    Access, Element, Failure, LentArray, Mark, Quiet, Refusal, View, WANTED, c_strides,
     describe_array, is_equal,
 };
 use crate::kernel::DType;
@@ -42,12 +42,12 @@ pub(crate) struct Param {
 
 /// The fingerprint of an array that was checked: as long as a look at the header says the same, the
 /// checks and the search for overlaps need not be made anew. It decides nothing else.
+#[derive(Default)]
 struct Seen {
-    /// Where it was; 0 if it must be checked anew. Besides, for the search for overlaps.
-    data: usize,
-    /// Of the NumPy array, and its strides in bytes.
+    /// Of the NumPy array; None if it is none, or must be checked anew.
     mark: Option<Mark>,
-    strides: SmallVec<[isize; 4]>,
+    /// Where it was; nowhere if it must be checked anew.
+    extent: Extent,
     /// Dense and walked like its state.
     is_like_state: bool,
 }
@@ -62,48 +62,41 @@ impl Param {
         };
         let source = Source::of(object).map_err(raise)?;
         let read = |quiet: &Quiet<'_>| {
-            let view = source.view(quiet)?;
-            check_new(&view)?;
-            let strides: SmallVec<_> = view.strides().collect();
-            let size = view.element.size() as isize;
+            let view = source.lend(quiet).view(quiet)?;
+            let Element { dtype, is_complex } = view.element;
+            if is_complex || !view.element.is_compute_type() {
+                let found = describe_array(view.element.name(), view.shape);
+                return Err(Failure::Unwanted(found));
+            }
             let state_strides = match view.is_dense() {
-                true => strides
-                    .iter()
-                    .map(|stride| (stride / size) as i64)
+                true => view
+                    .strides()
+                    .map(|stride| stride as i64 / dtype.size() as i64)
                     .collect(),
                 false => c_strides(view.shape),
             };
-            let seen = Seen {
-                data: view.data,
-                mark: source.array(quiet).map(|array| Header::of(array).mark()),
-                strides,
-                is_like_state: view.is_dense(),
-            };
-            Ok((
-                view.element.dtype,
-                view.numel(),
-                view.shape.into(),
-                state_strides,
-                seen,
-            ))
+            Ok((dtype, view.numel(), view.shape.into(), state_strides))
         };
-        let found = Quiet::during(py, read).map_err(raise)?;
-        let (dtype, numel, shape, state_strides, seen) = found;
-        let has_own_grad = has_own_grad(object)?;
-        Ok(Param {
+        let (dtype, numel, shape, state_strides) = Quiet::during(py, read).map_err(raise)?;
+        let mut param = Param {
             object: object.clone().unbind(),
+            has_own_grad: has_own_grad(object)?,
             name,
             source,
-            has_own_grad,
             dtype,
             numel,
             shape,
             state_strides,
             offset: 0,
             state: [0; 3],
-            seen,
+            seen: Seen::default(),
             cleared: 0,
-        })
+        };
+        let checked = Quiet::during(py, |quiet| param.recheck(quiet, true));
+        match checked {
+            Ok(_) => Ok(param),
+            Err(refusal) => Err(param.refuse("parameter", index, refusal, object)),
+        }
     }
 
     /// For the garbage collector.
@@ -125,78 +118,69 @@ impl Param {
     /// checked.
     #[inline]
     pub fn unchanged(&self, quiet: &Quiet<'_>) -> Option<Mark> {
-        let header = Header::of(self.source.array(quiet)?);
+        let header = self.source.lend(quiet).header()?;
         let mark = header.mark();
         let is_it = self.seen.mark == Some(mark)
             && is_equal(header.shape, &self.shape)
-            && (mark.is_contiguous_like(mark) || self.has_strides(header.strides, 1));
+            && (mark.is_contiguous_like(mark) || self.has_strides(header.strides));
         is_it.then_some(mark)
     }
 
-    fn has_strides(&self, strides: &[i64], unit: usize) -> bool {
-        let strides = strides
-            .iter()
-            .map(|stride| *stride as isize * unit as isize);
-        strides.eq(self.seen.strides.iter().copied())
+    fn has_strides(&self, strides: &[i64]) -> bool {
+        let seen = self.seen.extent.dims.iter().map(|dim| dim.1 as i64);
+        seen.eq(strides.iter().copied())
     }
 
-    /// Takes note of what a parameter that changed is now, if it still can be written. True if it has
-    /// moved.
+    /// Takes note of what a parameter that changed is now. True if it has moved.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// It is written by this step, and cannot be. Where it is not written, it may have become
+    /// anything.
     #[cold]
-    pub fn recheck(&mut self, quiet: &Quiet<'_>) -> Result<bool, Refusal> {
-        let view = self.source.view(quiet)?;
+    pub fn recheck(&mut self, quiet: &Quiet<'_>, is_written: bool) -> Result<bool, Refusal> {
+        self.check_anew(quiet).or_else(|refusal| match is_written {
+            true => Err(refusal),
+            false => {
+                // It is nowhere that this step looks at, and must be checked before it is written.
+                let seen = std::mem::take(&mut self.seen);
+                Ok(seen.extent.data != 0)
+            }
+        })
+    }
+
+    fn check_anew(&mut self, quiet: &Quiet<'_>) -> Result<bool, Refusal> {
+        let source = self.source.lend(quiet);
+        let view = source.view(quiet)?;
         self.check_like(&view)?;
-        let is_walked_as_seen = view.strides().eq(self.seen.strides.iter().copied());
         view.check_writable()?;
-        if !is_walked_as_seen {
-            check_apart(&view)?;
+        let extent = view.extent();
+        let is_walked_as_seen = extent.dims == self.seen.extent.dims;
+        if !is_walked_as_seen && !view.is_dense() && extent.overlaps_itself() {
+            return Err(Refusal::OverlapsItself);
         }
-        let has_moved = view.data != self.seen.data || !is_walked_as_seen;
+        let has_moved = extent.data != self.seen.extent.data || !is_walked_as_seen;
         let state = self.state_view(quiet, view.data)?;
         self.seen = Seen {
-            data: view.data,
-            mark: self
-                .source
-                .array(quiet)
-                .map(|array| Header::of(array).mark()),
-            strides: view.strides().collect(),
+            mark: source.header().map(|header| header.mark()),
             is_like_state: view.is_dense() && view.is_walked_like(&state),
+            extent,
         };
         Ok(has_moved)
     }
 
-    /// Takes note of where the parameter is without minding what has become of it: it is not
-    /// written now. True if it has moved.
-    #[inline]
-    pub fn refresh_unwritten(&mut self, quiet: &Quiet<'_>) -> bool {
-        self.unchanged(quiet).is_none()
-            && self.recheck(quiet).unwrap_or_else(|_| {
-                // Whatever it is now, it is nowhere that this step looks at, and must be checked
-                // anew before it is written.
-                self.seen.mark = None;
-                std::mem::take(&mut self.seen.data) != 0
-            })
-    }
-
     /// Takes the place of another parameter, whose type and shape it must have.
     pub fn succeed(&mut self, other: &Param, py: Python<'_>, index: usize) -> PyResult<()> {
-        let check = |quiet: &Quiet<'_>| {
-            let view = self.source.view(quiet)?;
+        let source = &self.source;
+        let checked = Quiet::during(py, |quiet| {
+            let view = source.lend(quiet).view(quiet)?;
             other.check_like(&view)
-        };
-        let result = Quiet::during(py, check);
-        result.map_err(|refusal| {
-            let culprit = self.culprit("parameter", index);
-            refusal.raise(culprit, &other.describe(), self.object.bind(py))
-        })?;
+        });
+        let refuse = |refusal| other.refuse("parameter", index, refusal, self.object.bind(py));
+        checked.map_err(refuse)?;
         (self.offset, self.state) = (other.offset, other.state);
         self.state_strides.clone_from(&other.state_strides);
         // Compared with its state at the next step.
-        self.seen.mark = None;
-        self.seen.data = 0;
+        self.seen = Seen::default();
         Ok(())
     }
 
@@ -228,7 +212,7 @@ impl Param {
     /// The addresses of the parameter, whose header says `mine`, and of a gradient that needs no
     /// closer look: arrays of one type, walked alike.
     #[inline]
-    pub fn simple_pair(&self, mine: Mark, gradient: GradientNow<'_>) -> Option<[usize; 2]> {
+    pub fn simple_pair(&self, mine: Mark, gradient: LentSource<'_>) -> Option<[usize; 2]> {
         let header = gradient.header()?;
         let its = header.mark();
         (self.seen.is_like_state
@@ -240,31 +224,39 @@ impl Param {
     }
 
     /// What its elements span.
-    pub fn extent(&self) -> Extent {
-        let lens = self.shape.iter().map(|&len| len as usize);
-        Extent {
-            data: self.seen.data,
-            dims: lens.zip(self.seen.strides.iter().copied()).collect(),
-            size: self.dtype.size(),
+    pub fn extent(&self) -> &Extent {
+        &self.seen.extent
+    }
+
+    /// The error for an array that is not taken for this parameter, or as `what` else of it. Runs
+    /// Python code.
+    pub fn refuse(
+        &self,
+        what: &str,
+        index: usize,
+        failure: impl Into<Failure>,
+        object: &Bound<'_, PyAny>,
+    ) -> PyErr {
+        let failure = failure.into();
+        failure.raise(self.culprit(what, index), &self.describe(), object)
+    }
+
+    /// The gradient that it has of its own, or Python's None.
+    pub fn grad<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyAny>> {
+        if let Source::Parameter(parameter, ..) = &self.source
+            && !self.has_own_grad
+        {
+            let grad = parameter.get().grad(py);
+            return Ok(grad.unwrap_or_else(|| py.None().into_bound(py)));
         }
-    }
-}
-
-/// That an array can be a parameter.
-fn check_new(view: &View<'_>) -> Result<(), Failure> {
-    if view.element.is_complex || !view.element.is_compute_type() {
-        let found = describe_array(view.element.name(), view.shape);
-        return Err(Failure::Unwanted(found));
-    }
-    view.check_writable()?;
-    Ok(check_apart(view)?)
-}
-
-/// That no two of its indices are the same element.
-fn check_apart(view: &View<'_>) -> Result<(), Refusal> {
-    match view.is_dense() || !view.extent().overlaps_itself() {
-        true => Ok(()),
-        false => Err(Refusal::OverlapsItself),
+        let grad = self.object.bind(py).getattr(intern!(py, "grad"));
+        grad.map_err(|error| match error.is_instance_of::<PyAttributeError>(py) {
+            true => PyValueError::new_err(format!(
+                "{}: expected one with .grad, or a step(grads=...), got neither",
+                self.culprit("parameter", index)
+            )),
+            false => error,
+        })
     }
 }
 
@@ -287,12 +279,6 @@ pub(crate) struct Destinations {
     is_checked: bool,
 }
 
-/// Two arrays that share an element, by their places in [`Destinations`].
-pub(crate) enum Clash {
-    Written(usize, usize),
-    Gradient(usize, usize),
-}
-
 impl Destinations {
     /// Something has moved, or is new.
     pub fn forget(&mut self) {
@@ -306,18 +292,16 @@ impl Destinations {
 
     /// Checks that no two share an element.
     #[cold]
-    pub fn check(
-        &mut self,
-        params: &mut [Param],
-        state: Vec<(String, Extent)>,
-    ) -> Result<(), Refused> {
+    pub fn check(&mut self, params: &mut [Param], state: Vec<(String, Extent)>) -> PyResult<()> {
         self.state = state;
-        let extent = |owner: usize| self.extent_of(params, owner);
-        let written =
-            Written::new((0..params.len() + self.state.len()).map(|owner| (owner, extent(owner))));
-        let written = written.map_err(|_| Refused::OutOfMemory)?;
+        let extent = |owner: usize| self.extent_of(params, owner).clone();
+        let owners = 0..params.len() + self.state.len();
+        let written = Written::new(owners.map(|owner| (owner, extent(owner))))?;
         if let Some((first, second)) = written.find_overlap(extent) {
-            return Err(Refused::Clash(Clash::Written(first, second)));
+            let (first, second) = (self.name_of(params, first), self.name_of(params, second));
+            return Err(PyValueError::new_err(format!(
+                "{second} overlaps {first}: expected arrays that share no element"
+            )));
         }
         params.iter_mut().for_each(|param| param.cleared = 0);
         self.written = written;
@@ -331,22 +315,26 @@ impl Destinations {
         params: &[Param],
         index: usize,
         gradient: &Extent,
-    ) -> Result<(), Refused> {
+    ) -> PyResult<()> {
         let Some((start, end)) = gradient.bounds() else {
             return Ok(());
         };
         let mut touching = self.written.touching(start, end);
-        match touching.find(|&owner| gradient.overlaps(&self.extent_of(params, owner))) {
+        match touching.find(|&owner| gradient.overlaps(self.extent_of(params, owner))) {
             None => Ok(()),
-            Some(owner) => Err(Refused::Clash(Clash::Gradient(index, owner))),
+            Some(owner) => Err(PyValueError::new_err(format!(
+                "{} overlaps {}: expected a gradient in memory of its own",
+                params[index].culprit("gradient", index),
+                self.name_of(params, owner)
+            ))),
         }
     }
 
     /// The parameters come first, then the optimizer's own arrays.
-    fn extent_of(&self, params: &[Param], owner: usize) -> Extent {
+    fn extent_of<'x>(&'x self, params: &'x [Param], owner: usize) -> &'x Extent {
         match owner.checked_sub(params.len()) {
             None => params[owner].extent(),
-            Some(k) => self.state[k].1.clone(),
+            Some(k) => &self.state[k].1,
         }
     }
 
@@ -356,34 +344,21 @@ impl Destinations {
             Some(k) => self.state[k].0.clone(),
         }
     }
-
-    /// The exception for two arrays that share an element.
-    pub fn raise(&self, params: &[Param], clash: &Clash) -> PyErr {
-        PyValueError::new_err(match *clash {
-            Clash::Written(first, second) => format!(
-                "{} overlaps {}: expected arrays that share no element",
-                self.name_of(params, second),
-                self.name_of(params, first)
-            ),
-            Clash::Gradient(index, owner) => format!(
-                "{} overlaps {}: expected a gradient in memory of its own",
-                params[index].culprit("gradient", index),
-                self.name_of(params, owner)
-            ),
-        })
-    }
 }
 
 /// Why a step was not put together.
 pub(crate) enum Refused {
     Parameter(usize, Refusal),
     Gradient(usize, Refusal),
-    Clash(Clash),
-    /// The optimizer's own arrays of a group were resized or given other memory.
-    State(usize),
     /// Some gradient is no array: it must be taken first, for which Python code may run.
     Collect,
-    OutOfMemory,
+    Error(PyErr),
+}
+
+impl From<PyErr> for Refused {
+    fn from(error: PyErr) -> Self {
+        Refused::Error(error)
+    }
 }
 
 /// The gradient of a parameter, if it is an array that fits.
@@ -397,9 +372,8 @@ pub(crate) fn array_grad<'py>(
     let grad = parameter.get().grad(py)?;
     let grad = grad.cast_into::<PyUntypedArray>().ok()?.unbind();
     let fits = Quiet::during(py, |quiet| {
-        let source = Source::Array(grad.clone_ref(quiet.py()));
-        let fits = source.view(quiet).and_then(|view| param.check_like(&view));
-        (fits.is_ok(), source)
+        let view = View::of_array(quiet, LentArray::of(quiet, &grad));
+        view.is_ok_and(|view| param.check_like(&view).is_ok())
     });
-    fits.0.then(|| grad.into_bound(py))
+    fits.then(|| grad.into_bound(py))
 }

@@ -68,6 +68,27 @@ impl Source {
         }
     }
 
+    /// Finds out what a gradient is: whatever a parameter may be, read-only or in a legacy capsule
+    /// too; nothing, if it is None; or a float or a NumPy scalar, which is what reductions return for
+    /// a parameter without dimensions. Runs Python code.
+    #[inline]
+    pub fn of_gradient(object: &Bound<'_, PyAny>) -> Result<Option<Source>, Failure> {
+        if object.is_none() {
+            return Ok(None);
+        }
+        match Source::of(object) {
+            Ok(Source::Parameter(_, data, _)) => Ok(Some(Source::Array(data))),
+            Err(Failure::Refusal(Refusal::Scalar | Refusal::NotAnArray))
+                if object.is_instance_of::<PyFloat>() || is_scalar(object)? =>
+            {
+                let array = as_array(object)?;
+                learn_dtype(&array);
+                Ok(Some(Source::Array(array.unbind())))
+            }
+            found => found.map(Some),
+        }
+    }
+
     /// For the garbage collector.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         match self {
@@ -116,16 +137,6 @@ impl Source {
         Ok(())
     }
 
-    /// The NumPy array that it is, as far as is known.
-    #[inline]
-    pub fn array<'q>(&'q self, quiet: &'q Quiet<'_>) -> Option<LentArray<'q>> {
-        match self {
-            Source::Array(array) => Some(LentArray::of(quiet, array)),
-            Source::Parameter(_, data, _) => Some(LentArray::of(quiet, data)),
-            _ => None,
-        }
-    }
-
     /// Takes the array that a [`Parameter`] has now; the one that it had goes to `retired`, for
     /// dropping it may run Python code.
     #[inline]
@@ -140,20 +151,18 @@ impl Source {
         }
     }
 
-    /// Reads the memory as it is now.
-    pub fn view<'q>(&'q self, quiet: &'q Quiet<'_>) -> Result<View<'q>, Refusal> {
+    /// Lends what its memory is read from.
+    #[inline]
+    pub fn lend<'q>(&'q self, quiet: &'q Quiet<'_>) -> LentSource<'q> {
         match self {
             Source::Array(array) | Source::Parameter(_, array, _) => {
-                View::of_array(quiet, LentArray::of(quiet, array))
+                LentSource::Array(LentArray::of(quiet, array))
             }
             Source::Exchange(exchanged) => {
                 let (object, exchange) = &**exchanged;
-                exchange.view(quiet, Lent::of(quiet, object))
+                LentSource::Exchange(Lent::of(quiet, object), exchange)
             }
-            Source::Capsule(capsule) => match &capsule.1 {
-                Some(managed) => managed.view(quiet),
-                None => Err(Refusal::NotAnArray),
-            },
+            Source::Capsule(capsule) => LentSource::Capsule(capsule.1.as_ref()),
         }
     }
 
@@ -166,110 +175,25 @@ impl Source {
             Source::Capsule(capsule) => capsule.0.bind(py).clone(),
         }
     }
-
-    /// A reference to what keeps the memory, if a reference does.
-    pub fn hold(&self, quiet: &Quiet<'_>) -> Option<Py<PyAny>> {
-        Some(match self {
-            Source::Array(array) | Source::Parameter(_, array, _) => {
-                Lent::of(quiet, array).hold(quiet)
-            }
-            Source::Exchange(exchanged) => Lent::of(quiet, &exchanged.0).hold(quiet),
-            Source::Capsule(_) => return None,
-        })
-    }
 }
 
-/// The gradient of a parameter in a step.
-#[derive(Default)]
-pub(crate) enum Gradient {
-    /// The item of the list or tuple that was given, where it is read.
-    #[default]
-    Item,
-    None,
-    Held(Source),
-}
-
-impl Gradient {
-    /// Takes a gradient: whatever a parameter may be, read-only or in a legacy capsule too; None; or
-    /// a float or a NumPy scalar, which is what reductions return for a parameter without dimensions.
-    /// Runs Python code.
-    #[inline]
-    pub fn of(object: &Bound<'_, PyAny>) -> Result<Self, Failure> {
-        match object.get_type_ptr() == PyUntypedArray::type_object_raw(object.py()) {
-            true => Source::of(object).map(Gradient::Held),
-            false => Self::of_other(object),
-        }
-    }
-
-    /// As [`Gradient::of`], of what is no plain array.
-    fn of_other(object: &Bound<'_, PyAny>) -> Result<Self, Failure> {
-        if object.is_none() {
-            return Ok(Gradient::None);
-        }
-        if is_scalar(object)? || object.is_instance_of::<PyFloat>() {
-            let array = as_array(object)?;
-            learn_dtype(&array);
-            return Ok(Gradient::Held(Source::Array(array.unbind())));
-        }
-        let mut source = Source::of(object)?;
-        if let Source::Parameter(_, data, _) = source {
-            source = Source::Array(data);
-        }
-        Ok(Gradient::Held(source))
-    }
-
-    /// Lets go of it.
-    #[inline]
-    pub fn release(&mut self, py: Python<'_>) {
-        if let Gradient::Held(Source::Array(array)) = std::mem::take(self) {
-            // Bound, so that dropping the reference need not find out whether the GIL is held.
-            drop(array.into_bound(py));
-        }
-    }
-
-    /// As it is where nothing runs Python code; `items` are the list or tuple that was given.
-    #[inline]
-    pub fn now<'q>(
-        &'q self,
-        quiet: &'q Quiet<'_>,
-        items: Option<Lent<'q>>,
-        index: usize,
-    ) -> GradientNow<'q> {
-        match self {
-            Gradient::Item => match items.and_then(|items| items.item(quiet, index)) {
-                None => GradientNow::Unknown,
-                Some(item) => match item.exact_array(quiet) {
-                    Some(array) => GradientNow::Array(array),
-                    None if item.is_none(quiet) => GradientNow::None,
-                    None => GradientNow::Unknown,
-                },
-            },
-            Gradient::None => GradientNow::None,
-            Gradient::Held(source) => match source.array(quiet) {
-                Some(array) => GradientNow::Array(array),
-                None => GradientNow::Source(source),
-            },
-        }
-    }
-}
-
-/// What [`Gradient::now`] finds.
+/// What the memory of a [`Source`] is read from, while no Python code runs.
 #[derive(Clone, Copy)]
-pub(crate) enum GradientNow<'q> {
-    None,
+pub(crate) enum LentSource<'q> {
     Array(LentArray<'q>),
-    Source(&'q Source),
-    /// No array: it must be taken first.
-    Unknown,
+    Exchange(Lent<'q>, &'q Exchange),
+    /// None if it was not renewed.
+    Capsule(Option<&'q Managed>),
 }
 
-impl<'q> GradientNow<'q> {
-    /// Reads the memory.
+impl<'q> LentSource<'q> {
+    /// Reads the memory as it is now.
     pub fn view(self, quiet: &'q Quiet<'_>) -> Result<View<'q>, Refusal> {
         match self {
-            GradientNow::Array(array) => View::of_array(quiet, array),
-            GradientNow::Source(source) => source.view(quiet),
-            GradientNow::None | GradientNow::Unknown => Err(Refusal::NotAnArray),
+            LentSource::Array(array) => View::of_array(quiet, array),
+            LentSource::Exchange(object, exchange) => exchange.view(quiet, object),
+            LentSource::Capsule(Some(managed)) => managed.view(quiet),
+            LentSource::Capsule(None) => Err(Refusal::NotAnArray),
         }
     }
 
@@ -277,7 +201,7 @@ impl<'q> GradientNow<'q> {
     #[inline]
     pub fn header(self) -> Option<Header<'q>> {
         match self {
-            GradientNow::Array(array) => Some(Header::of(array)),
+            LentSource::Array(array) => Some(Header::of(array)),
             _ => None,
         }
     }
@@ -285,9 +209,9 @@ impl<'q> GradientNow<'q> {
     /// A reference to what keeps the memory, if a reference does.
     pub fn hold(self, quiet: &Quiet<'_>) -> Option<Py<PyAny>> {
         match self {
-            GradientNow::Array(array) => Some(array.hold(quiet)),
-            GradientNow::Source(source) => source.hold(quiet),
-            GradientNow::None | GradientNow::Unknown => None,
+            LentSource::Array(array) => Some(array.hold(quiet)),
+            LentSource::Exchange(object, _) => Some(object.hold(quiet)),
+            LentSource::Capsule(_) => None,
         }
     }
 }
