@@ -14,7 +14,7 @@ use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::error::{check_room, nonfinite};
-use super::group::{DTYPES, Group, NewState, flatten, half_of};
+use super::group::{Group, NewState, flatten};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
 use super::overlap::Extent;
 use super::param::{Destinations, Param, Refused};
@@ -50,10 +50,6 @@ struct ArraySession {
     params: Vec<Param>,
     /// Those that can only be read after Python code has run.
     foreign: Vec<usize>,
-    /// Updates of each parameter.
-    steps: Vec<u64>,
-    /// Whether this step updates it.
-    stepped: Vec<bool>,
     destinations: Destinations,
     /// Kept from step to step so that a step allocates nothing.
     batch: Batch,
@@ -86,8 +82,6 @@ impl Optimizer {
             groups: Vec::new(),
             params: Vec::new(),
             foreign: Vec::new(),
-            steps: Vec::new(),
-            stepped: Vec::new(),
             destinations: Destinations::default(),
             batch: Batch::new(code_of(isa()?)?),
             gradients: Vec::new(),
@@ -121,7 +115,6 @@ impl Optimizer {
         };
         let groups = std::mem::take(&mut contents.groups);
         let params = std::mem::take(&mut contents.params);
-        contents.steps.clear();
         contents.gradients.clear();
         contents.destinations.forget();
         // Dropping may run Python code, which may come back here.
@@ -209,9 +202,9 @@ impl Optimizer {
     fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<&'static str>> {
         let contents = self.contents.wait(py)?;
         let group = &contents.groups[contents.group_of(index)?];
-        let state = &group.halves[half_of(contents.params[index].dtype)].state;
+        let dtype = contents.params[index].dtype;
         let keys = StateKey::ALL.into_iter();
-        let keys = keys.filter(|&key| state[key as usize].is_some());
+        let keys = keys.filter(|&key| group.state(dtype, key).is_some());
         Ok(keys.map(StateKey::name).collect())
     }
 
@@ -284,7 +277,7 @@ impl Optimizer {
     fn _steps(&self, py: Python<'_>, index: usize) -> PyResult<u64> {
         let contents = self.contents.wait(py)?;
         contents.group_of(index)?;
-        Ok(contents.steps[index])
+        Ok(contents.params[index].steps)
     }
 
     /// The number of parameters over all groups.
@@ -385,12 +378,12 @@ fn check_names(mapping: &Bound<'_, PyMapping>, params: &[Param]) -> PyResult<()>
     Ok(())
 }
 
-/// State that a step creates for options that were switched on, and takes back should it fail: group,
-/// half, key.
+/// State that a step creates for options that were switched on, and takes back should it fail: its
+/// group, the place of its bucket there, its key.
 type Created = Vec<(usize, usize, StateKey)>;
 
-/// Another tuple of parameters for a group, and those that are new, by index.
-type Replaced = (Py<PyTuple>, Vec<(usize, Param)>);
+/// Parameters that take the place of others, by index.
+type Replaced = Vec<(usize, Param)>;
 
 impl ArraySession {
     fn group_of(&self, index: usize) -> PyResult<usize> {
@@ -411,9 +404,8 @@ impl ArraySession {
         grads: &Grads<'_>,
         options: &Values,
     ) -> PyResult<Verdict> {
-        let mut created = Created::new();
-        let read = self.read_groups(py, dicts, &mut created);
-        let outcome = read.and_then(|()| self.step_groups(py, grads, options));
+        let created = self.read_groups(py, dicts)?;
+        let outcome = self.step_groups(py, grads, options);
         let is_update = |verdict: &Verdict| matches!(verdict.outcome, Outcome::Update);
         if !outcome.as_ref().is_ok_and(is_update) {
             self.take_back(&created);
@@ -448,13 +440,8 @@ impl ArraySession {
         Ok(verdict)
     }
 
-    /// Reads the options of the groups as they are now.
-    fn read_groups(
-        &mut self,
-        py: Python<'_>,
-        dicts: &Bound<'_, PyList>,
-        created: &mut Created,
-    ) -> PyResult<()> {
+    /// Reads the options of the groups as they are now, and takes them over if all are right.
+    fn read_groups(&mut self, py: Python<'_>, dicts: &Bound<'_, PyList>) -> PyResult<Created> {
         if dicts.len() != self.groups.len() {
             return Err(PyValueError::new_err(format!(
                 "param_groups: expected {} groups, got {}: add_param_group adds one",
@@ -462,6 +449,7 @@ impl ArraySession {
                 dicts.len()
             )));
         }
+        let mut read = Vec::new();
         for index in 0..self.groups.len() {
             let dict = dicts.get_item(index)?;
             let Ok(dict) = dict.cast::<PyDict>() else {
@@ -471,20 +459,28 @@ impl ArraySession {
                 )));
             };
             if self.groups[index].options.follow(Front::Arrays, dict) == Change::Other {
-                self.read_group(py, index, dict, created)?;
+                read.push((index, self.read_group(py, index, dict)?));
             }
         }
-        Ok(())
+        // From here on nothing fails.
+        let mut created = Created::new();
+        for (index, (options, replaced, new)) in read {
+            self.replace(index, replaced);
+            created.extend(new.iter().map(|(place, key, _)| (index, *place, *key)));
+            self.adopt(index, new);
+            self.groups[index].options = options;
+        }
+        Ok(created)
     }
 
+    /// Reads a group: its options, the parameters that are new, and state that it is missing.
     #[cold]
     fn read_group(
-        &mut self,
+        &self,
         py: Python<'_>,
         index: usize,
         dict: &Bound<'_, PyDict>,
-        created: &mut Created,
-    ) -> PyResult<()> {
+    ) -> PyResult<(GroupOptions, Replaced, NewState)> {
         let place = format!(" of group {index}");
         let options = GroupOptions::read(Front::Arrays, dict, &place)?;
         let is_contiguous = is_contiguous(dict)?;
@@ -496,28 +492,15 @@ impl ArraySession {
                 "contiguous_params{place}: expected {wanted} as at its construction, got {found}"
             )));
         }
-        let objects = dict.get_item(intern!(py, "params"))?;
-        let objects = objects.ok_or_else(|| {
-            PyValueError::new_err(format!("params{place}: expected a tuple, got none"))
-        })?;
-        let is_same = objects.as_ptr() == group.objects.as_ptr();
-        let replaced = match is_same {
-            true => None,
-            false => Some(self.replaced(py, index, &objects)?),
-        };
+        let replaced = self.read_params(py, index, &params_of(dict, &place)?)?;
         let config = &options.config;
         let new = group.missing(py, config, |key, _| key.is_used(config))?;
-        // From here on nothing fails.
-        if let Some(replaced) = replaced {
-            self.rebind(index, replaced);
-        }
-        self.adopt(index, new, created);
-        self.groups[index].options = options;
-        Ok(())
+        Ok((options, replaced, new))
     }
 
-    /// Another list of parameters for a group, read: as many, each of the shape and type it had.
-    fn replaced(
+    /// Those of a group's parameters that are other objects now: as many, each of the shape and type
+    /// it had.
+    fn read_params(
         &self,
         py: Python<'_>,
         group: usize,
@@ -529,7 +512,7 @@ impl ArraySession {
             PyTypeError::new_err(message)
         };
         let objects = objects.try_iter().map_err(wrong)?;
-        let objects = PyTuple::new(py, objects.collect::<PyResult<Vec<_>>>()?)?;
+        let objects = objects.collect::<PyResult<Vec<_>>>()?;
         let range = self.groups[group].range.clone();
         if objects.len() != range.len() {
             return Err(PyValueError::new_err(format!(
@@ -538,29 +521,31 @@ impl ArraySession {
                 objects.len()
             )));
         }
-        let mut replaced = Vec::new();
-        for (index, object) in range.zip(objects.iter()) {
+        let mut replaced = Replaced::new();
+        for (index, object) in range.zip(&objects) {
             let old = &self.params[index];
             if !object.is(&old.object) {
-                let mut new = Param::new(&object, old.name.clone(), index)?;
+                let mut new = Param::new(object, old.name.clone(), index)?;
                 new.succeed(old, py, index)?;
                 replaced.push((index, new));
             }
         }
-        Ok((objects.unbind(), replaced))
+        Ok(replaced)
     }
 
-    fn rebind(&mut self, group: usize, (objects, replaced): Replaced) {
+    fn replace(&mut self, group: usize, replaced: Replaced) {
+        if replaced.is_empty() {
+            return;
+        }
         for (index, new) in replaced {
             let old = std::mem::replace(&mut self.params[index], new);
             self.held.push(old.object);
-            self.destinations.forget();
-            let halves = self.groups[group].halves.iter_mut();
-            halves.for_each(|half| half.flat = None);
         }
+        for bucket in &mut self.groups[group].buckets {
+            bucket.flat = None;
+        }
+        self.destinations.forget();
         self.find_foreign();
-        let old = std::mem::replace(&mut self.groups[group].objects, objects);
-        self.held.push(old.into_any());
     }
 
     fn find_foreign(&mut self) {
@@ -569,25 +554,20 @@ impl ArraySession {
         self.foreign = foreign.map(|(index, _)| index).collect();
     }
 
-    /// Takes state that a group was missing, and notes what it was.
-    fn adopt(&mut self, index: usize, new: NewState, created: &mut Created) {
-        for (half, new) in new.iter().enumerate() {
-            for (key, buffer) in StateKey::ALL.into_iter().zip(new) {
-                created.extend(buffer.as_ref().map(|_| (index, half, key)));
-            }
-        }
-        let group = &mut self.groups[index];
-        if group.adopt(new) {
-            group.place(&mut self.params[group.range.clone()]);
+    /// Takes state that a group was missing.
+    fn adopt(&mut self, index: usize, new: NewState) {
+        if !new.is_empty() {
+            let group = &mut self.groups[index];
+            group.adopt(new, &mut self.params[group.range.clone()]);
             self.destinations.forget();
         }
     }
 
     /// Lets go of state that a step had created and did not use.
     fn take_back(&mut self, created: &Created) {
-        for &(index, half, key) in created {
+        for &(index, place, key) in created {
             let group = &mut self.groups[index];
-            group.halves[half].state[key as usize] = None;
+            group.buckets[place].state[key as usize] = None;
             group.options.forget();
             group.place(&mut self.params[group.range.clone()]);
             self.destinations.forget();
@@ -599,7 +579,7 @@ impl ArraySession {
     fn collect(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<()> {
         self.gradients.clear();
         for group in &mut self.groups {
-            group.is_flat = matches!(grads, Grads::Attributes) && group.can_be_flat(&self.steps);
+            group.is_flat = matches!(grads, Grads::Attributes) && group.can_be_flat(&self.params);
             for index in group.range.clone() {
                 if group.is_flat {
                     self.gradients.push(None);
@@ -636,8 +616,6 @@ impl ArraySession {
         let ArraySession {
             groups,
             params,
-            steps,
-            stepped,
             destinations,
             batch,
             gradients,
@@ -656,8 +634,6 @@ impl ArraySession {
                 gradients,
                 groups,
                 params,
-                steps,
-                stepped,
                 destinations,
                 held,
             };
@@ -673,8 +649,8 @@ impl ArraySession {
     fn conclude(&mut self, py: Python<'_>, verdict: &Verdict) -> PyResult<()> {
         match verdict.outcome {
             Outcome::Update => {
-                for (step, stepped) in self.steps.iter_mut().zip(&self.stepped) {
-                    *step = step.saturating_add(u64::from(*stepped));
+                for param in &mut self.params {
+                    param.steps = param.steps.saturating_add(u64::from(param.is_stepped));
                 }
                 self.tell_autograd(py)
             }
@@ -693,7 +669,7 @@ impl ArraySession {
         let is_updated_tensor = |index: &usize| {
             let param = &self.params[*index];
             let class = param.object.bind(py).get_type();
-            self.stepped[*index]
+            param.is_stepped
                 && matches!(param.source, Source::Exchange(_))
                 && (class.module()).is_ok_and(|name| name.to_string().starts_with("torch"))
         };
@@ -763,8 +739,7 @@ impl ArraySession {
     ) -> PyResult<Bound<'py, PyAny>> {
         let group = &self.groups[self.group_of(index)?];
         let param = &self.params[index];
-        let half = &group.halves[half_of(param.dtype)];
-        match &half.state[key as usize] {
+        match group.state(param.dtype, key) {
             Some(buffer) => Ok(buffer.view(py, param)?.into_any()),
             None => Err(PyKeyError::new_err(key.name())),
         }
@@ -800,7 +775,7 @@ impl ArraySession {
             new.push(group.missing(py, &group.options.config, is_wanted)?);
         }
         for (index, new) in new.into_iter().enumerate() {
-            self.adopt(index, new, &mut Created::new());
+            self.adopt(index, new);
         }
         let mut pairs = Vec::new();
         for (index, key, value) in values {
@@ -814,7 +789,7 @@ impl ArraySession {
             array.set_item(py.Ellipsis(), value)?;
         }
         for (index, step) in steps {
-            self.steps[index] = step;
+            self.params[index].steps = step;
         }
         Ok(())
     }
@@ -830,8 +805,6 @@ impl ArraySession {
             self.params.truncate(first);
         }
         self.find_foreign();
-        self.steps.resize(self.params.len(), 0);
-        self.stepped.resize(self.params.len(), false);
         self.release(py);
         added
     }
@@ -844,15 +817,11 @@ impl ArraySession {
             let place = format!(" of group {}", self.groups.len());
             let options = GroupOptions::read(Front::Arrays, dict, &place)?;
             let is_contiguous = is_contiguous(dict)?;
-            let missing =
-                || PyValueError::new_err(format!("params{place}: expected a tuple, got none"));
-            let objects = dict.get_item(intern!(py, "params"))?.ok_or_else(missing)?;
-            let objects = objects.cast_into::<PyTuple>()?;
+            let objects = params_of(dict, &place)?.cast_into::<PyTuple>()?;
             let start = self.params.len();
             self.add_params(&objects, names, is_contiguous)?;
             let params = &mut self.params[start..];
-            let objects = objects.unbind();
-            let group = Group::new(py, options, objects, is_contiguous, start, params)?;
+            let group = Group::new(py, options, is_contiguous, start, params)?;
             self.groups.push(group);
         }
         let numel = self.params.iter().map(|param| param.numel).sum();
@@ -934,6 +903,13 @@ impl ArraySession {
     }
 }
 
+/// The parameters that a group's dict names.
+fn params_of<'py>(dict: &Bound<'py, PyDict>, place: &str) -> PyResult<Bound<'py, PyAny>> {
+    let objects = dict.get_item(intern!(dict.py(), "params"))?;
+    let wanted = "expected a tuple, got none";
+    objects.ok_or_else(|| PyValueError::new_err(format!("params{place}: {wanted}")))
+}
+
 /// The optimizer's own arrays, for the search for overlaps.
 fn state_extents(groups: &[Group]) -> Vec<(String, Extent)> {
     let groups = groups.iter().enumerate();
@@ -951,8 +927,6 @@ struct ArrayCheck<'x> {
     gradients: &'x [Option<Source>],
     groups: &'x [Group],
     params: &'x mut [Param],
-    steps: &'x [u64],
-    stepped: &'x mut [bool],
     destinations: &'x mut Destinations,
     held: &'x mut Vec<Py<PyAny>>,
 }
@@ -1012,7 +986,7 @@ impl<'x> ArrayCheck<'x> {
         for index in group.range.clone() {
             let gradient = self.gradient(index)?;
             let param = &mut self.params[index];
-            self.stepped[index] = gradient.is_some();
+            param.is_stepped = gradient.is_some();
             param.source.follow(self.quiet, self.held);
             let mark = param.unchanged(self.quiet);
             if mark.is_none() {
@@ -1026,7 +1000,7 @@ impl<'x> ArrayCheck<'x> {
             let Some(gradient) = gradient.filter(|_| self.destinations.is_checked()) else {
                 continue;
             };
-            let rule = rules.get(work, param.dtype, config, self.steps[index]);
+            let rule = rules.get(work, param.dtype, config, param.steps);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
                 None => self.push(work, index, gradient, rule, Role::used(config))?,
@@ -1038,34 +1012,26 @@ impl<'x> ArrayCheck<'x> {
     /// The parameters of a group, and their gradients, as flat buffers.
     #[allow(unsafe_code)]
     fn flat(&mut self, work: &mut Work<'_, '_>, group: &Group) -> Result<(), Refused> {
-        // Python code may have run since that was decided.
-        if !group.is_whole() {
-            return Err(Refused::Collect);
+        for param in &mut self.params[group.range.clone()] {
+            param.is_stepped = true;
         }
         let mut rules = RuleCache::default();
-        self.stepped[group.range.clone()].fill(true);
-        for (half, dtype) in group.halves.iter().zip(DTYPES) {
-            let mut members = group.range.clone();
-            let first = members.find(|&index| self.params[index].dtype == dtype);
-            let flat = half
-                .flat
-                .as_ref()
-                .and_then(|flat| Some((&flat.data, flat.grad.as_ref()?)));
-            let (Some(first), Some((data, grad))) = (first, flat) else {
-                continue;
-            };
-            let [v, m, b] = half.addresses();
-            let arrays = [data.address(), grad.address(), v, m, b];
+        for bucket in &group.buckets {
+            // Python code may have run since that was decided.
+            let [p, g] = bucket.flat_addresses().ok_or(Refused::Collect)?;
+            let first = &self.params[bucket.first];
+            let [v, m, b] = first.state;
             let piece = Piece {
-                arrays: arrays.map(|address| address as *mut u8),
-                numel: half.numel,
-                index: first as u32,
-                rule: rules.get(work, dtype, &group.options.config, self.steps[first]),
+                arrays: [p, g, v, m, b].map(|address| address as *mut u8),
+                numel: bucket.numel,
+                index: bucket.first as u32,
+                rule: rules.get(work, bucket.dtype, &group.options.config, first.steps),
                 form: Piece::DENSE,
             };
             // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were found
             // where they were; they have `numel` elements of this type, and no two of them are the
-            // same. The state that the options use is there since they were read.
+            // same. The state that the options use is there since they were read; in a group with
+            // flat buffers it begins where that of the first parameter does.
             unsafe { work.push(piece) };
         }
         Ok(())

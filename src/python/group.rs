@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use numpy::PyUntypedArray;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PySlice, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
+use smallvec::SmallVec;
 
 use super::options::GroupOptions;
 use super::overlap::Extent;
@@ -20,37 +21,26 @@ use crate::config::Config;
 use crate::kernel::DType;
 use crate::state::{PAGE, StateKey, offset_apart};
 
-/// The types in the order of [`Group::halves`].
-pub(crate) const DTYPES: [DType; 2] = [DType::F32, DType::F64];
-
-/// The place of a type in [`DTYPES`].
-pub(crate) fn half_of(dtype: DType) -> usize {
-    usize::from(dtype == DType::F64)
-}
-
 /// A parameter group.
 pub(crate) struct Group {
     pub options: GroupOptions,
-    /// The tuple of parameters that the options were read beside.
-    pub objects: Py<PyTuple>,
     pub range: Range<usize>,
-    /// Per type.
-    pub halves: [Half; 2],
+    /// One for each type that its parameters have.
+    pub buckets: SmallVec<[Bucket; 1]>,
     pub is_contiguous: bool,
-    /// Some parameters have no element, so that buffers cannot tell whether they have a gradient.
-    has_empty: bool,
     /// This step takes parameters and gradients as flat buffers.
     pub is_flat: bool,
 }
 
 /// The parameters of one type in a group.
-#[derive(Default)]
-pub(crate) struct Half {
+pub(crate) struct Bucket {
+    pub dtype: DType,
+    /// The index of the first of them.
+    pub first: usize,
     /// Elements of the parameters, and of a buffer of state, where some begin apart from their
     /// parameters.
     pub numel: usize,
     state_numel: usize,
-    is_used: bool,
     /// The state, by key; None until it is needed.
     pub state: [Option<Buffer>; 3],
     pub flat: Option<Flat>,
@@ -59,47 +49,55 @@ pub(crate) struct Half {
 /// The flat buffers that parameters live in with `contiguous_params`.
 pub(crate) struct Flat {
     pub data: Buffer,
-    /// If all of them had a gradient when they were moved.
+    /// If all of them had a gradient, and an element, when they were moved.
     pub grad: Option<Buffer>,
     /// How many parameters have left.
     pub departed: Arc<AtomicUsize>,
 }
 
-/// State that is to be added, by type and key.
-pub(crate) type NewState = [[Option<Buffer>; 3]; 2];
+/// State that is to be added: the place of its bucket in the group, its key.
+pub(crate) type NewState = Vec<(usize, StateKey, Buffer)>;
 
-impl Half {
-    /// Of the state buffers; 0 for those that are not there yet.
-    pub fn addresses(&self) -> [usize; 3] {
-        self.state
-            .each_ref()
-            .map(|buffer| buffer.as_ref().map_or(0, Buffer::address))
+impl Bucket {
+    /// The parameters of a type among those of a group, which are told where their state begins;
+    /// None if there are none. `start` is the index of the group's first parameter.
+    fn new(dtype: DType, start: usize, params: &mut [Param], is_contiguous: bool) -> Option<Self> {
+        let first = start + params.iter().position(|param| param.dtype == dtype)?;
+        let size = dtype.size();
+        let (mut numel, mut state_numel) = (0, 0);
+        for param in params.iter_mut().filter(|param| param.dtype == dtype) {
+            let is_large = param.numel * size >= PAGE && !is_contiguous;
+            if is_large {
+                // Wherever the buffers are: they begin at known places modulo a page.
+                let state = place_of(0) + state_numel * size;
+                let data = param.extent().data;
+                let keys = [0, 1, 2].map(|k| data.wrapping_sub(place_of(k)));
+                state_numel += offset_apart(state, data, keys.into_iter()) / size;
+            }
+            param.offset = state_numel;
+            numel += param.numel;
+            state_numel += param.numel;
+        }
+        Some(Bucket {
+            dtype,
+            first,
+            numel,
+            state_numel,
+            state: [None, None, None],
+            flat: None,
+        })
     }
 
-    /// The state that is wanted and not there yet, at its start values. Arrays of one parameter
-    /// begin apart modulo a page: each key has a place of its own.
-    fn missing(
-        &self,
-        py: Python<'_>,
-        dtype: DType,
-        config: &Config,
-        is_wanted: impl Fn(StateKey) -> bool,
-    ) -> PyResult<[Option<Buffer>; 3]> {
-        let mut new = [None, None, None];
-        for key in StateKey::ALL {
-            let k = key as usize;
-            if self.is_used && self.state[k].is_none() && is_wanted(key) {
-                let start = key.start(config);
-                new[k] = Some(Buffer::new(
-                    py,
-                    dtype,
-                    self.state_numel,
-                    start,
-                    place_of(k),
-                )?);
-            }
-        }
-        Ok(new)
+    /// Where the parameters and their gradients are, if all are where `contiguous_params` put them.
+    pub fn flat_addresses(&self) -> Option<[usize; 2]> {
+        let Flat {
+            data,
+            grad,
+            departed,
+        } = self.flat.as_ref()?;
+        let is_whole = departed.load(Relaxed) == 0;
+        let grad = grad.as_ref().filter(|_| is_whole)?;
+        Some([data.address(), grad.address()])
     }
 }
 
@@ -110,121 +108,101 @@ fn place_of(k: usize) -> usize {
 }
 
 impl Group {
-    /// A group of these parameters, of which `first` is the index of the first.
+    /// A group of these parameters, of which `start` is the index of the first.
     pub fn new(
         py: Python<'_>,
         options: GroupOptions,
-        objects: Py<PyTuple>,
         is_contiguous: bool,
-        first: usize,
+        start: usize,
         params: &mut [Param],
     ) -> PyResult<Self> {
-        let mut halves = [Half::default(), Half::default()];
-        for param in &mut *params {
-            let half = &mut halves[half_of(param.dtype)];
-            let size = param.dtype.size();
-            half.is_used = true;
-            let is_large = param.numel * size >= PAGE && !is_contiguous;
-            if is_large {
-                // Wherever the buffers are: they begin at known places modulo a page.
-                let state = place_of(0) + half.state_numel * size;
-                let data = param.extent().data;
-                let keys = [0, 1, 2].map(|k| data.wrapping_sub(place_of(k)));
-                half.state_numel += offset_apart(state, data, keys.into_iter()) / size;
-            }
-            param.offset = half.state_numel;
-            half.numel += param.numel;
-            half.state_numel += param.numel;
-        }
+        let bucket = |dtype| Bucket::new(dtype, start, params, is_contiguous);
+        let buckets = [DType::F32, DType::F64].into_iter().filter_map(bucket);
         let mut group = Group {
+            buckets: buckets.collect(),
             options,
-            objects,
-            range: first..first + params.len(),
-            halves,
+            range: start..start + params.len(),
             is_contiguous,
-            has_empty: params.iter().any(|param| param.numel == 0),
             is_flat: false,
         };
-        let config = group.options.config.clone();
-        let new = group.missing(py, &config, |key, _| key.is_used(&config))?;
-        group.adopt(new);
-        group.place(params);
+        let config = &group.options.config;
+        let new = group.missing(py, config, |key, _| key.is_used(config))?;
+        group.adopt(new, params);
         Ok(group)
     }
 
-    /// The state that is wanted and not there yet.
+    /// A buffer of its state, if it is there.
+    pub fn state(&self, dtype: DType, key: StateKey) -> Option<&Buffer> {
+        let mut buckets = self.buckets.iter();
+        let bucket = buckets.find(|bucket| bucket.dtype == dtype)?;
+        bucket.state[key as usize].as_ref()
+    }
+
+    /// The state that is wanted and not there yet, at its start values. Arrays of one parameter
+    /// begin apart modulo a page: each key has a place of its own.
     pub fn missing(
         &self,
         py: Python<'_>,
         config: &Config,
         is_wanted: impl Fn(StateKey, DType) -> bool,
     ) -> PyResult<NewState> {
-        let [f32, f64] = &self.halves;
-        let f32 = f32.missing(py, DType::F32, config, |key| is_wanted(key, DType::F32))?;
-        let f64 = f64.missing(py, DType::F64, config, |key| is_wanted(key, DType::F64))?;
-        Ok([f32, f64])
-    }
-
-    /// Takes state that was missing; [`Group::place`] tells the parameters. True if there is any.
-    pub fn adopt(&mut self, new: NewState) -> bool {
-        let mut has_new = false;
-        for (half, new) in self.halves.iter_mut().zip(new) {
-            for (buffer, new) in half.state.iter_mut().zip(new) {
-                has_new |= new.is_some();
-                *buffer = buffer.take().or(new);
+        let mut new = NewState::new();
+        for (place, bucket) in self.buckets.iter().enumerate() {
+            let Bucket {
+                dtype, state_numel, ..
+            } = *bucket;
+            for key in StateKey::ALL {
+                let k = key as usize;
+                if bucket.state[k].is_none() && is_wanted(key, dtype) {
+                    let start = key.start(config);
+                    let buffer = Buffer::new(py, dtype, state_numel, start, place_of(k))?;
+                    new.push((place, key, buffer));
+                }
             }
         }
-        has_new
+        Ok(new)
+    }
+
+    /// Takes state that was missing, and tells its parameters.
+    pub fn adopt(&mut self, new: NewState, params: &mut [Param]) {
+        for (place, key, buffer) in new {
+            self.buckets[place].state[key as usize] = Some(buffer);
+        }
+        self.place(params);
     }
 
     /// Tells its parameters where their state is.
     pub fn place(&self, params: &mut [Param]) {
         for param in params {
             let start = param.offset * param.dtype.size();
-            let addresses = self.halves[half_of(param.dtype)].addresses();
-            param.state = addresses.map(|data| if data == 0 { 0 } else { data + start });
+            let address = |buffer: &Buffer| buffer.address() + start;
+            param.state = StateKey::ALL.map(|key| self.state(param.dtype, key).map_or(0, address));
         }
     }
 
     /// Everything of its own that parameters and state lie in.
     pub fn buffers(&self) -> impl Iterator<Item = &Buffer> {
-        let flats = self.halves.iter().filter_map(|half| half.flat.as_ref());
-        let flats = flats.flat_map(|flat| std::iter::once(&flat.data).chain(&flat.grad));
-        self.halves
-            .iter()
-            .flat_map(|half| half.state.iter().flatten())
-            .chain(flats)
+        self.buckets.iter().flat_map(|bucket| {
+            let flat = bucket.flat.iter();
+            let flat = flat.flat_map(|flat| std::iter::once(&flat.data).chain(&flat.grad));
+            bucket.state.iter().flatten().chain(flat)
+        })
     }
 
     /// For the garbage collector.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         self.options.traverse(visit)?;
-        visit.call(&self.objects)?;
         self.buffers()
             .try_for_each(|buffer| visit.call(&buffer.owner))
     }
 
-    /// Whether all parameters and gradients are where `contiguous_params` put them.
-    pub fn is_whole(&self) -> bool {
-        self.halves.iter().all(|half| match &half.flat {
-            _ if half.numel == 0 => true,
-            Some(Flat {
-                grad: Some(_),
-                departed,
-                ..
-            }) => departed.load(Ordering::Relaxed) == 0,
-            _ => false,
-        })
-    }
-
-    /// Whether a step can take the parameters and gradients as flat buffers: if all of them still are
-    /// where `contiguous_params` put them.
-    pub fn can_be_flat(&self, steps: &[u64]) -> bool {
-        let steps = &steps[self.range.clone()];
-        self.is_contiguous
-            && !self.has_empty
-            && self.is_whole()
-            && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]))
+    /// Whether a step can take the parameters and gradients as flat buffers.
+    pub fn can_be_flat(&self, params: &[Param]) -> bool {
+        let params = &params[self.range.clone()];
+        let mut buckets = self.buckets.iter();
+        buckets.all(|bucket| bucket.flat_addresses().is_some())
+            && (!self.options.config.bias_correction
+                || params.iter().all(|param| param.steps == params[0].steps))
     }
 
     /// Whether nobody has pulled the memory away: a view's `base` is within a user's reach.
@@ -235,14 +213,13 @@ impl Group {
 
     /// The names and places of its state buffers, for the search for overlaps.
     pub fn state_extents(&self, index: usize) -> impl Iterator<Item = (String, Extent)> {
-        let halves = self.halves.iter().zip(DTYPES);
-        halves.flat_map(move |(half, dtype)| {
-            let name = move |key: StateKey| {
-                let dtype = Element::real(dtype).name();
-                format!("state {} of group {index}, {dtype}", key.name())
-            };
-            let keyed = half.state.iter().zip(StateKey::ALL);
-            keyed.filter_map(move |(buffer, key)| Some((name(key), buffer.as_ref()?.extent(dtype))))
+        self.buckets.iter().flat_map(move |bucket| {
+            let dtype = Element::real(bucket.dtype).name();
+            let keyed = bucket.state.iter().zip(StateKey::ALL);
+            keyed.filter_map(move |(buffer, key)| {
+                let name = format!("state {} of group {index}, {dtype}", key.name());
+                Some((name, buffer.as_ref()?.extent(bucket.dtype)))
+            })
         })
     }
 }
@@ -253,31 +230,28 @@ pub(crate) fn flatten(
     py: Python<'_>,
     groups: &mut [Group],
     params: &mut [Param],
-    retired: &mut Vec<Py<PyAny>>,
+    held: &mut Vec<Py<PyAny>>,
 ) -> PyResult<()> {
     let mut flats = Vec::new();
     for group in groups.iter().filter(|group| group.is_contiguous) {
-        let params = &params[group.range.clone()];
-        let [f32, f64] = DTYPES.map(|dtype| Flat::new(py, dtype, params));
-        flats.push([f32?, f64?]);
+        for bucket in &group.buckets {
+            flats.push(Flat::new(py, bucket.dtype, &params[group.range.clone()])?);
+        }
     }
     let contiguous = groups.iter_mut().filter(|group| group.is_contiguous);
-    for (group, flats) in contiguous.zip(flats) {
-        for (half, flat) in group.halves.iter_mut().zip(flats) {
-            let Some((flat, homes)) = flat else { continue };
-            for (parameter, home) in homes {
-                parameter.get().settle(py, home);
-            }
-            half.flat = Some(flat);
+    for (bucket, flat) in contiguous.flat_map(|group| &mut group.buckets).zip(flats) {
+        let Some((flat, homes)) = flat else { continue };
+        for (parameter, home) in homes {
+            parameter.get().settle(py, home);
         }
-        // Nothing keeps the memory that they were in.
-        let params = &mut params[group.range.clone()];
-        Quiet::during(py, |quiet| {
-            for param in params {
-                param.source.follow(quiet, retired);
-            }
-        });
+        bucket.flat = Some(flat);
     }
+    // Nothing keeps the memory that they were in.
+    Quiet::during(py, |quiet| {
+        for param in params {
+            param.source.follow(quiet, held);
+        }
+    });
     Ok(())
 }
 
@@ -312,7 +286,12 @@ impl Flat {
                 (Some(grad), Some(grads)) => Some(settle(grad, &grads[k])?.into_any()),
                 _ => parameter.get().grad(py).map(Bound::unbind),
             };
-            let slot = Slot::new(home, grad_home, Arc::clone(&departed));
+            let slot = Slot {
+                data: home,
+                grad: grad_home,
+                departed: Arc::clone(&departed),
+                has_left: false,
+            };
             homes.push((parameter.clone_ref(py), slot));
         }
         Ok(Some((

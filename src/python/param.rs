@@ -25,6 +25,10 @@ pub(crate) struct Param {
     pub has_own_grad: bool,
     pub dtype: DType,
     pub numel: usize,
+    /// Its updates.
+    pub steps: u64,
+    /// Whether this step updates it.
+    pub is_stepped: bool,
     pub shape: SmallVec<[i64; 4]>,
     /// Of all its state arrays, which are dense; in elements.
     pub state_strides: SmallVec<[i64; 4]>,
@@ -85,6 +89,8 @@ impl Param {
             source,
             dtype,
             numel,
+            steps: 0,
+            is_stepped: false,
             shape,
             state_strides,
             offset: 0,
@@ -177,7 +183,7 @@ impl Param {
         });
         let refuse = |refusal| other.refuse("parameter", index, refusal, self.object.bind(py));
         checked.map_err(refuse)?;
-        (self.offset, self.state) = (other.offset, other.state);
+        (self.steps, self.offset, self.state) = (other.steps, other.offset, other.state);
         self.state_strides.clone_from(&other.state_strides);
         // Compared with its state at the next step.
         self.seen = Seen::default();
@@ -361,7 +367,8 @@ impl From<PyErr> for Refused {
     }
 }
 
-/// The gradient of a parameter, if it is an array that fits.
+/// The gradient of a parameter that has elements, if it is an array that fits: whether an empty one
+/// has a gradient, its memory cannot tell.
 pub(crate) fn array_grad<'py>(
     py: Python<'py>,
     param: &Param,
@@ -369,7 +376,7 @@ pub(crate) fn array_grad<'py>(
     let Source::Parameter(parameter, ..) = &param.source else {
         return None;
     };
-    let grad = parameter.get().grad(py)?;
+    let grad = parameter.get().grad(py).filter(|_| param.numel > 0)?;
     let grad = grad.cast_into::<PyUntypedArray>().ok()?.unbind();
     let fits = Quiet::during(py, |quiet| {
         let view = View::of_array(quiet, LentArray::of(quiet, &grad));

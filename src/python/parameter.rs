@@ -32,33 +32,15 @@ pub(crate) struct Slot {
     pub grad: Option<Py<PyAny>>,
     /// How many parameters of these buffers have been given another array, or another gradient.
     pub departed: Arc<AtomicUsize>,
-    has_left: bool,
-}
-
-impl Slot {
-    pub fn new(
-        data: Py<PyUntypedArray>,
-        grad: Option<Py<PyAny>>,
-        departed: Arc<AtomicUsize>,
-    ) -> Self {
-        Slot {
-            data,
-            grad,
-            departed,
-            has_left: false,
-        }
-    }
+    pub has_left: bool,
 }
 
 impl Fields {
     /// Tells the optimizer whether its flat buffers still are what this parameter uses.
     fn note(&mut self) {
         let Some(slot) = &mut self.slot else { return };
-        let is_grad = match (&slot.grad, &self.grad) {
-            (Some(mine), Some(its)) => mine.is(its),
-            (None, None) => true,
-            _ => false,
-        };
+        let its_grad = slot.grad.as_ref().map(Py::as_ptr);
+        let is_grad = its_grad == self.grad.as_ref().map(Py::as_ptr);
         let has_left = !(slot.data.is(&self.data) && is_grad);
         if has_left != slot.has_left {
             slot.has_left = has_left;
