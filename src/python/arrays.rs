@@ -26,7 +26,7 @@ use super::view::{Lent, Quiet, Refusal, WANTED};
 use crate::error::Error;
 use crate::kernel::batch::{Batch, Piece, Work};
 use crate::kernel::isa::isa;
-use crate::kernel::{ROLES, Role};
+use crate::kernel::{DType, ROLES, Role};
 use crate::optimizer::{Outcome, RuleCache, Verdict, code_of};
 use crate::state::StateKey;
 use crate::threads::default_threads;
@@ -115,6 +115,7 @@ impl Optimizer {
         };
         let groups = std::mem::take(&mut contents.groups);
         let params = std::mem::take(&mut contents.params);
+        contents.foreign.clear();
         contents.gradients.clear();
         contents.destinations.forget();
         // Dropping may run Python code, which may come back here.
@@ -753,25 +754,26 @@ impl ArraySession {
         options: Option<&[Bound<'_, PyDict>]>,
     ) -> PyResult<()> {
         // All that can fail first: reading what is given, and making room.
-        let mut wanted = Vec::new();
         let mut values = Vec::new();
         let mut steps = Vec::new();
         for (index, entry) in entries {
-            let group = self.group_of(*index)?;
+            self.group_of(*index)?;
             for (name, value) in entry.iter() {
                 let name: String = name.extract()?;
                 match StateKey::named(&name) {
-                    Some(key) => {
-                        wanted.push((group, key, self.params[*index].dtype));
-                        values.push((*index, key, value));
-                    }
+                    Some(key) => values.push((*index, key, value)),
                     None => steps.push((*index, value.extract::<u64>()?)),
                 }
             }
         }
         let mut new = Vec::new();
-        for (index, group) in self.groups.iter().enumerate() {
-            let is_wanted = |key, dtype| wanted.contains(&(index, key, dtype));
+        for group in &self.groups {
+            let is_wanted = |wanted: StateKey, dtype: DType| {
+                values.iter().any(|&(index, key, _)| {
+                    let is_its = group.range.contains(&index) && self.params[index].dtype == dtype;
+                    is_its && key == wanted
+                })
+            };
             new.push(group.missing(py, &group.options.config, is_wanted)?);
         }
         for (index, new) in new.into_iter().enumerate() {
@@ -839,20 +841,14 @@ impl ArraySession {
             held,
             ..
         } = self;
-        let checked = Quiet::during(py, |quiet| {
+        Quiet::during(py, |quiet| {
             for param in &mut params[..old] {
                 param.source.follow(quiet, held);
                 let _ = param.recheck(quiet, false);
             }
             destinations.check(params, state_extents(groups))
-        });
-        checked?;
-        flatten(
-            py,
-            &mut self.groups[first..],
-            &mut self.params,
-            &mut self.held,
-        )
+        })?;
+        flatten(py, &mut groups[first..], params, held)
     }
 
     fn add_params(
@@ -868,36 +864,28 @@ impl ArraySession {
             taken.extend(param.name.clone().map(|name| (name, index)));
         }
         for (object, name) in objects.iter().zip(names.iter()) {
-            let name: Option<String> = name.extract()?;
             let index = self.params.len();
-            let param = Param::new(&object, name.clone(), index)?;
-            let refuse = |wanted: &str| {
-                let culprit = param.culprit("parameter", index);
-                Err(PyValueError::new_err(format!("{culprit}{wanted}")))
-            };
-            if let Some(&twin) = places.get(&(object.as_ptr() as usize)) {
+            let param = Param::new(&object, name.extract()?, index)?;
+            let first = self.params.first();
+            let wrong = if let Some(twin) = places.insert(object.as_ptr() as usize, index) {
                 let twin = self.params[twin].culprit("parameter", twin);
-                return refuse(&format!(
-                    " overlaps {twin}: expected each parameter once, got the same object"
-                ));
-            }
-            if (self.params.first()).is_some_and(|other| other.name.is_some() != name.is_some()) {
-                return refuse(": expected names for all parameters or for none");
-            }
-            if let Some(twin) = name.as_ref().and_then(|name| taken.get(name)) {
-                return refuse(&format!(
-                    ": expected a name of its own, got that of parameter {twin}"
-                ));
-            }
-            if is_contiguous && !matches!(param.source, Source::Parameter(..)) {
+                format!(" overlaps {twin}: expected each parameter once, got the same object")
+            } else if first.is_some_and(|first| first.name.is_some() != param.name.is_some()) {
+                ": expected names for all parameters or for none".to_owned()
+            } else if let Some(name) = &param.name
+                && let Some(twin) = taken.insert(name.clone(), index)
+            {
+                format!(": expected a name of its own, got that of parameter {twin}")
+            } else if is_contiguous && !matches!(param.source, Source::Parameter(..)) {
                 let class = object.get_type().name()?;
-                return refuse(&format!(
-                    ": expected, with contiguous_params, a Parameter, which can be moved, got {class}"
-                ));
-            }
-            places.insert(object.as_ptr() as usize, index);
-            taken.extend(name.clone().map(|name| (name, index)));
-            self.params.push(param);
+                let wanted = "expected, with contiguous_params, a Parameter, which can be moved";
+                format!(": {wanted}, got {class}")
+            } else {
+                self.params.push(param);
+                continue;
+            };
+            let culprit = param.culprit("parameter", index);
+            return Err(PyValueError::new_err(format!("{culprit}{wrong}")));
         }
         Ok(())
     }

@@ -375,18 +375,14 @@ impl Buffer {
         py: Python<'py>,
         param: &Param,
     ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        let (shape, strides) = (&param.shape, &param.state_strides);
-        let first = param.offset as isize;
-        let slice = PySlice::new(py, first, first + param.numel as isize, 1);
-        let mut axes: Vec<usize> = (0..shape.len()).collect();
-        axes.sort_by_key(|&axis| std::cmp::Reverse((strides[axis], shape[axis])));
-        let sorted = PyTuple::new(py, axes.iter().map(|&axis| shape[axis]))?;
-        let mut order = vec![0; axes.len()];
-        let places = axes.iter().enumerate();
-        places.for_each(|(place, &axis)| order[axis] = place);
-        let array = self.array.bind(py).get_item(slice)?;
-        let view = array.call_method1(intern!(py, "reshape"), (sorted,))?;
-        let view = view.call_method1(intern!(py, "transpose"), PyTuple::new(py, order)?)?;
+        let size = param.dtype.size();
+        let strides = param.state_strides.iter();
+        let strides = PyTuple::new(py, strides.map(|stride| stride * size as i64))?;
+        let (shape, dtype) = (PyTuple::new(py, &param.shape)?, Element::real(param.dtype));
+        let offset = param.offset * size;
+        let numpy = py.import(intern!(py, "numpy"))?;
+        let arguments = (shape, dtype.name(), &self.array, offset, strides);
+        let view = numpy.call_method1(intern!(py, "ndarray"), arguments)?;
         Ok(view.cast_into::<PyUntypedArray>()?)
     }
 

@@ -4,7 +4,7 @@ use numpy::PyUntypedArray;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyMemoryView};
-use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, intern};
+use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::dlpack::{self, Exchange, Managed};
 use super::parameter::Parameter;
@@ -29,9 +29,8 @@ impl Source {
     /// Finds out what an object is. Runs Python code.
     pub fn of(object: &Bound<'_, PyAny>) -> Result<Source, Failure> {
         let py = object.py();
-        if object.get_type_ptr() == PyUntypedArray::type_object_raw(py)
-            && let Ok(array) = object.cast::<PyUntypedArray>()
-        {
+        if let Ok(array) = object.cast::<PyUntypedArray>() {
+            refuse_mask(object)?;
             learn_dtype(array);
             return Ok(Source::Array(array.clone().unbind()));
         }
@@ -39,11 +38,6 @@ impl Source {
             let (data, version) = parameter.get().data_and_version(py);
             let parameter = parameter.clone().unbind();
             return Ok(Source::Parameter(parameter, data.unbind(), version));
-        }
-        if let Ok(array) = object.cast::<PyUntypedArray>() {
-            refuse_mask(object)?;
-            learn_dtype(array);
-            return Ok(Source::Array(array.clone().unbind()));
         }
         if is_scalar(object)? {
             return Err(Refusal::Scalar.into());
@@ -78,8 +72,8 @@ impl Source {
         }
         match Source::of(object) {
             Ok(Source::Parameter(_, data, _)) => Ok(Some(Source::Array(data))),
-            Err(Failure::Refusal(Refusal::Scalar | Refusal::NotAnArray))
-                if object.is_instance_of::<PyFloat>() || is_scalar(object)? =>
+            Err(Failure::Refusal(refusal))
+                if refusal == Refusal::Scalar || object.is_instance_of::<PyFloat>() =>
             {
                 let array = as_array(object)?;
                 learn_dtype(&array);

@@ -539,7 +539,7 @@ pub(crate) fn as_array<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, P
 /// Refuses masked arrays: a step would not see the mask.
 pub(crate) fn refuse_mask(object: &Bound<'_, PyAny>) -> Result<(), Failure> {
     let py = object.py();
-    if object.get_type().is(py.get_type::<PyUntypedArray>()) {
+    if object.get_type_ptr() == PyUntypedArray::type_object_raw(py) {
         return Ok(());
     }
     let masked = py
