@@ -127,6 +127,20 @@ def test_live_change_counts_from_the_next_step(key, contiguous):
     assert_equal(params, opt, oracles)
 
 
+def test_live_change_counts_after_a_step_that_was_refused(contiguous):
+    ours, wanted = np.ones(3), np.ones(3)
+    opt = RMSprop([Parameter(ours)], contiguous_params=contiguous)
+    group = opt.param_groups[0]
+    alpha = group["alpha"]
+    group.update(lr=0.5, alpha="high")
+    with pytest.raises(TypeError, match="alpha of group 0"):
+        opt.step(grads=[np.ones(3)])
+    group["alpha"] = alpha
+    opt.step(grads=[np.ones(3)])
+    RMSprop([wanted], lr=0.5).step(grads=[np.ones(3)])
+    assert bits(group["params"][0].data) == bits(wanted)
+
+
 @pytest.mark.parametrize("key", START)
 def test_state_that_is_switched_off_is_kept(key, contiguous):
     """It stays as it is while off, and goes on from there."""

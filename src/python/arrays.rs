@@ -459,7 +459,10 @@ impl ArraySession {
                     "group {index}: expected a dict, got {class}"
                 )));
             };
-            if self.groups[index].options.follow(Front::Arrays, dict) == Change::Other {
+            let options = &mut self.groups[index].options;
+            if options.follow(Front::Arrays, dict) == Change::Other {
+                // If that fails, numbers that were found to have changed are not taken over yet.
+                options.forget();
                 read.push((index, self.read_group(py, index, dict)?));
             }
         }
