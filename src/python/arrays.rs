@@ -14,7 +14,7 @@ use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::error::{check_room, nonfinite};
-use super::group::{Group, NewState, flatten};
+use super::group::{Buffer, Group, NewState, flatten};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
 use super::overlap::Extent;
 use super::param::{Destinations, Param, Refused};
@@ -59,14 +59,6 @@ struct ArraySession {
     /// What is let go of when the step is over: arrays that parameters had before, and what a step
     /// without the GIL uses.
     held: Vec<Py<PyAny>>,
-}
-
-impl Optimizer {
-    fn groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyList> {
-        let groups = self.param_groups.lock();
-        let groups = groups.unwrap_or_else(PoisonError::into_inner);
-        groups.bind(py).clone()
-    }
 }
 
 #[pymethods]
@@ -125,8 +117,10 @@ impl Optimizer {
 
     /// The parameter groups: dicts of options, read at every step.
     #[getter(param_groups)]
-    fn get_param_groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyList> {
-        self.groups(py)
+    fn groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyList> {
+        let groups = self.param_groups.lock();
+        let groups = groups.unwrap_or_else(PoisonError::into_inner);
+        groups.bind(py).clone()
     }
 
     #[setter(param_groups)]
@@ -470,8 +464,10 @@ impl ArraySession {
         let mut created = Created::new();
         for (index, (options, replaced, new)) in read {
             self.replace(index, replaced);
-            created.extend(new.iter().map(|(place, key, _)| (index, *place, *key)));
-            self.adopt(index, new);
+            for (place, key, buffer) in new {
+                self.set_state(index, place, key, Some(buffer));
+                created.push((index, place, key));
+            }
             self.groups[index].options = options;
         }
         Ok(created)
@@ -558,24 +554,19 @@ impl ArraySession {
         self.foreign = foreign.map(|(index, _)| index).collect();
     }
 
-    /// Takes state that a group was missing.
-    fn adopt(&mut self, index: usize, new: NewState) {
-        if !new.is_empty() {
-            let group = &mut self.groups[index];
-            group.adopt(new, &mut self.params[group.range.clone()]);
-            self.destinations.forget();
-        }
-    }
-
     /// Lets go of state that a step had created and did not use.
     fn take_back(&mut self, created: &Created) {
         for &(index, place, key) in created {
-            let group = &mut self.groups[index];
-            group.buckets[place].state[key as usize] = None;
-            group.options.forget();
-            group.place(&mut self.params[group.range.clone()]);
-            self.destinations.forget();
+            self.set_state(index, place, key, None);
+            self.groups[index].options.forget();
         }
+    }
+
+    fn set_state(&mut self, group: usize, place: usize, key: StateKey, buffer: Option<Buffer>) {
+        let group = &mut self.groups[group];
+        group.buckets[place].state[key as usize] = buffer;
+        group.place(&mut self.params[group.range.clone()]);
+        self.destinations.forget();
     }
 
     /// Takes the gradients, and what else of the parameters can only be read after Python code has
@@ -703,11 +694,7 @@ impl ArraySession {
     /// The error for what was refused. Runs Python code.
     fn raise(&self, py: Python<'_>, items: Option<&Bound<'_, PyAny>>, refused: Refused) -> PyErr {
         match refused {
-            Refused::Parameter(index, refusal) => {
-                let param = &self.params[index];
-                param.refuse("parameter", index, refusal, param.object.bind(py))
-            }
-            Refused::Gradient(index, refusal) => {
+            Refused::Array(Role::Gradient, index, refusal) => {
                 let object = match (self.gradients.get(index), items) {
                     (Some(Some(source)), _) => Some(source.object(py)),
                     (_, Some(items)) => items.get_item(index).ok(),
@@ -715,6 +702,10 @@ impl ArraySession {
                 };
                 let object = object.unwrap_or_else(|| py.None().into_bound(py));
                 self.params[index].refuse("gradient", index, refusal, &object)
+            }
+            Refused::Array(_, index, refusal) => {
+                let param = &self.params[index];
+                param.refuse("parameter", index, refusal, param.object.bind(py))
             }
             Refused::Collect => has_changed("gradients"),
             Refused::Error(error) => error,
@@ -780,7 +771,9 @@ impl ArraySession {
             new.push(group.missing(py, &group.options.config, is_wanted)?);
         }
         for (index, new) in new.into_iter().enumerate() {
-            self.adopt(index, new);
+            for (place, key, buffer) in new {
+                self.set_state(index, place, key, Some(buffer));
+            }
         }
         let mut pairs = Vec::new();
         for (index, key, value) in values {
@@ -811,6 +804,7 @@ impl ArraySession {
         }
         self.find_foreign();
         self.release(py);
+        self.gradients.reserve(self.params.len());
         added
     }
 
@@ -983,7 +977,7 @@ impl<'x> ArrayCheck<'x> {
             if mark.is_none() {
                 let has_moved = param
                     .recheck(self.quiet, gradient.is_some())
-                    .map_err(|refusal| Refused::Parameter(index, refusal))?;
+                    .map_err(|refusal| Refused::Array(Role::Parameter, index, refusal))?;
                 if has_moved {
                     self.destinations.forget();
                 }
@@ -1075,7 +1069,7 @@ impl<'x> ArrayCheck<'x> {
         uses: [bool; ROLES],
     ) -> Result<(), Refused> {
         let quiet = self.quiet;
-        let in_gradient = |refusal| Refused::Gradient(index, refusal);
+        let in_gradient = |refusal| Refused::Array(Role::Gradient, index, refusal);
         let param = &self.params[index];
         let g = gradient.view(quiet).map_err(in_gradient)?;
         if g.element.is_complex {
@@ -1091,10 +1085,8 @@ impl<'x> ArrayCheck<'x> {
             (_, None) => gradient.view(quiet),
             (_, Some(key)) => param.state_view(quiet, param.state[key as usize]),
         };
-        let row = row::check(uses, read).map_err(|(role, refusal)| match role {
-            Role::Gradient => in_gradient(refusal),
-            _ => Refused::Parameter(index, refusal),
-        })?;
+        let row = row::check(uses, read)
+            .map_err(|(role, refusal)| Refused::Array(role, index, refusal))?;
         // SAFETY: what keeps their memory is held, or lent by who keeps it while no Python code runs;
         // no two written arrays of the optimizer share an element.
         unsafe { row.push(work, index, rule) };

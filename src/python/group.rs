@@ -127,7 +127,10 @@ impl Group {
         };
         let config = &group.options.config;
         let new = group.missing(py, config, |key, _| key.is_used(config))?;
-        group.adopt(new, params);
+        for (place, key, buffer) in new {
+            group.buckets[place].state[key as usize] = Some(buffer);
+        }
+        group.place(params);
         Ok(group)
     }
 
@@ -161,14 +164,6 @@ impl Group {
             }
         }
         Ok(new)
-    }
-
-    /// Takes state that was missing, and tells its parameters.
-    pub fn adopt(&mut self, new: NewState, params: &mut [Param]) {
-        for (place, key, buffer) in new {
-            self.buckets[place].state[key as usize] = Some(buffer);
-        }
-        self.place(params);
     }
 
     /// Tells its parameters where their state is.

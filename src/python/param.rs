@@ -14,7 +14,7 @@ use super::view::{
     Access, Element, Failure, LentArray, Mark, Quiet, Refusal, View, WANTED, c_strides,
     describe_array, is_equal,
 };
-use crate::kernel::DType;
+use crate::kernel::{DType, Role};
 
 /// A parameter of an optimizer.
 pub(crate) struct Param {
@@ -354,8 +354,8 @@ impl Destinations {
 
 /// Why a step was not put together.
 pub(crate) enum Refused {
-    Parameter(usize, Refusal),
-    Gradient(usize, Refusal),
+    /// An array of the parameter with this index.
+    Array(Role, usize, Refusal),
     /// Some gradient is no array: it must be taken first, for which Python code may run.
     Collect,
     Error(PyErr),

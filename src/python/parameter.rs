@@ -57,11 +57,6 @@ impl Parameter {
         self.fields.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    #[inline]
-    pub fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
-        self.fields().data.bind(py).clone()
-    }
-
     /// The array, and how many were assigned before it.
     pub fn data_and_version<'py>(&self, py: Python<'py>) -> (Bound<'py, PyUntypedArray>, usize) {
         let fields = self.fields();
@@ -73,18 +68,6 @@ impl Parameter {
     #[inline]
     pub fn version(&self) -> usize {
         self.version.load(Relaxed)
-    }
-
-    #[inline]
-    pub fn grad<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
-        self.fields()
-            .grad
-            .as_ref()
-            .map(|grad| grad.bind(py).clone())
-    }
-
-    pub fn name(&self) -> Option<String> {
-        self.fields().name.clone()
     }
 
     /// Moves the parameter into an optimizer's flat buffers: the arrays of the slot become its data
@@ -182,9 +165,9 @@ impl Parameter {
     }
 
     /// The array itself.
-    #[getter(data)]
-    fn get_data<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
-        self.data(py)
+    #[getter]
+    pub fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
+        self.fields().data.bind(py).clone()
     }
 
     #[setter(data)]
@@ -200,9 +183,10 @@ impl Parameter {
     }
 
     /// The gradient: None, or an array of the same shape and dtype (checked by the step).
-    #[getter(grad)]
-    fn get_grad<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
-        self.grad(py)
+    #[getter]
+    pub fn grad<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        let fields = self.fields();
+        fields.grad.as_ref().map(|grad| grad.bind(py).clone())
     }
 
     #[setter(grad)]
@@ -215,9 +199,9 @@ impl Parameter {
     }
 
     /// What messages, and gradients given by name, call it; or None.
-    #[getter(name)]
-    fn get_name(&self) -> Option<String> {
-        self.name()
+    #[getter]
+    fn name(&self) -> Option<String> {
+        self.fields().name.clone()
     }
 
     #[setter(name)]
