@@ -36,9 +36,8 @@ with suppress(ImportError):  # where threadpoolctl is installed, it knows of our
 
 
 def __getattr__(name: str) -> object:
-    if (
-        name == "torch"
-    ):  # importing torch takes seconds, so it waits until it is asked for
+    # Importing torch takes seconds, so it waits until it is asked for.
+    if name == "torch":
         return import_module("rmsprop.torch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
