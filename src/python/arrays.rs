@@ -425,10 +425,11 @@ impl ArraySession {
             None => Err(Refused::Collect),
         };
         // Once more if Python code that ran meanwhile has changed what is to be taken.
-        let mut tries = 0..2;
-        while let (Err(Refused::Collect), Some(_)) = (&outcome, tries.next()) {
-            self.collect(py, grads)?;
-            outcome = self.check_and_run(py, None, options);
+        for _ in 0..2 {
+            if let Err(Refused::Collect) = outcome {
+                self.collect(py, grads)?;
+                outcome = self.check_and_run(py, None, options);
+            }
         }
         let verdict = outcome.map_err(|refused| self.raise(py, items, refused))?;
         self.conclude(py, &verdict)?;
@@ -533,6 +534,7 @@ impl ArraySession {
         Ok(replaced)
     }
 
+    /// Puts parameters of a group in the place of others.
     fn replace(&mut self, group: usize, replaced: Replaced) {
         if replaced.is_empty() {
             return;
@@ -562,6 +564,7 @@ impl ArraySession {
         }
     }
 
+    /// Puts a buffer of state where it belongs, or takes it away.
     fn set_state(&mut self, group: usize, place: usize, key: StateKey, buffer: Option<Buffer>) {
         let group = &mut self.groups[group];
         group.buckets[place].state[key as usize] = buffer;

@@ -41,18 +41,18 @@ pub(crate) struct Bucket {
     /// parameters.
     pub numel: usize,
     state_numel: usize,
-    /// The state, by key; None until it is needed.
+    /// By key; None until it is needed.
     pub state: [Option<Buffer>; 3],
     pub flat: Option<Flat>,
 }
 
 /// The flat buffers that parameters live in with `contiguous_params`.
 pub(crate) struct Flat {
-    pub data: Buffer,
+    data: Buffer,
     /// If all of them had a gradient, and an element, when they were moved.
-    pub grad: Option<Buffer>,
+    grad: Option<Buffer>,
     /// How many parameters have left.
-    pub departed: Arc<AtomicUsize>,
+    departed: Arc<AtomicUsize>,
 }
 
 /// State that is to be added: the place of its bucket in the group, its key.
@@ -88,16 +88,19 @@ impl Bucket {
         })
     }
 
+    /// A buffer of state at its start values. Arrays of one parameter begin apart modulo a page: each
+    /// key has a place of its own.
+    fn new_state(&self, py: Python<'_>, key: StateKey, config: &Config) -> PyResult<Buffer> {
+        let (start, place) = (key.start(config), place_of(key as usize));
+        Buffer::new(py, self.dtype, self.state_numel, start, place)
+    }
+
     /// Where the parameters and their gradients are, if all are where `contiguous_params` put them.
     pub fn flat_addresses(&self) -> Option<[usize; 2]> {
-        let Flat {
-            data,
-            grad,
-            departed,
-        } = self.flat.as_ref()?;
-        let is_whole = departed.load(Relaxed) == 0;
-        let grad = grad.as_ref().filter(|_| is_whole)?;
-        Some([data.address(), grad.address()])
+        let flat = self.flat.as_ref()?;
+        let is_whole = flat.departed.load(Relaxed) == 0;
+        let grad = flat.grad.as_ref().filter(|_| is_whole)?;
+        Some([flat.data.address(), grad.address()])
     }
 }
 
@@ -141,8 +144,7 @@ impl Group {
         bucket.state[key as usize].as_ref()
     }
 
-    /// The state that is wanted and not there yet, at its start values. Arrays of one parameter
-    /// begin apart modulo a page: each key has a place of its own.
+    /// The state that is wanted and not there yet.
     pub fn missing(
         &self,
         py: Python<'_>,
@@ -151,15 +153,9 @@ impl Group {
     ) -> PyResult<NewState> {
         let mut new = NewState::new();
         for (place, bucket) in self.buckets.iter().enumerate() {
-            let Bucket {
-                dtype, state_numel, ..
-            } = *bucket;
             for key in StateKey::ALL {
-                let k = key as usize;
-                if bucket.state[k].is_none() && is_wanted(key, dtype) {
-                    let start = key.start(config);
-                    let buffer = Buffer::new(py, dtype, state_numel, start, place_of(k))?;
-                    new.push((place, key, buffer));
+                if bucket.state[key as usize].is_none() && is_wanted(key, bucket.dtype) {
+                    new.push((place, key, bucket.new_state(py, key, config)?));
                 }
             }
         }
@@ -176,7 +172,7 @@ impl Group {
     }
 
     /// Everything of its own that parameters and state lie in.
-    pub fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
         self.buckets.iter().flat_map(|bucket| {
             let flat = bucket.flat.iter();
             let flat = flat.flat_map(|flat| std::iter::once(&flat.data).chain(&flat.grad));
