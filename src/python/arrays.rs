@@ -50,6 +50,11 @@ struct ArraySession {
     params: Vec<Param>,
     /// Those that can only be read after Python code has run.
     foreign: Vec<usize>,
+    /// Updates of each parameter. (Counted in the parameters themselves, which are large, a step of
+    /// many small ones takes 3 % longer.)
+    steps: Vec<u64>,
+    /// Whether this step updates it.
+    stepped: Vec<bool>,
     destinations: Destinations,
     /// Kept from step to step so that a step allocates nothing.
     batch: Batch,
@@ -74,6 +79,8 @@ impl Optimizer {
             groups: Vec::new(),
             params: Vec::new(),
             foreign: Vec::new(),
+            steps: Vec::new(),
+            stepped: Vec::new(),
             destinations: Destinations::default(),
             batch: Batch::new(code_of(isa()?)?),
             gradients: Vec::new(),
@@ -108,6 +115,7 @@ impl Optimizer {
         let groups = std::mem::take(&mut contents.groups);
         let params = std::mem::take(&mut contents.params);
         contents.foreign.clear();
+        contents.steps.clear();
         contents.gradients.clear();
         contents.destinations.forget();
         // Dropping may run Python code, which may come back here.
@@ -272,7 +280,7 @@ impl Optimizer {
     fn _steps(&self, py: Python<'_>, index: usize) -> PyResult<u64> {
         let contents = self.contents.wait(py)?;
         contents.group_of(index)?;
-        Ok(contents.params[index].steps)
+        Ok(contents.steps[index])
     }
 
     /// The number of parameters over all groups.
@@ -577,7 +585,7 @@ impl ArraySession {
     fn collect(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<()> {
         self.gradients.clear();
         for group in &mut self.groups {
-            group.is_flat = matches!(grads, Grads::Attributes) && group.can_be_flat(&self.params);
+            group.is_flat = matches!(grads, Grads::Attributes) && group.can_be_flat(&self.steps);
             for index in group.range.clone() {
                 if group.is_flat {
                     self.gradients.push(None);
@@ -614,6 +622,8 @@ impl ArraySession {
         let ArraySession {
             groups,
             params,
+            steps,
+            stepped,
             destinations,
             batch,
             gradients,
@@ -632,6 +642,8 @@ impl ArraySession {
                 gradients,
                 groups,
                 params,
+                steps,
+                stepped,
                 destinations,
                 held,
             };
@@ -647,8 +659,8 @@ impl ArraySession {
     fn conclude(&mut self, py: Python<'_>, verdict: &Verdict) -> PyResult<()> {
         match verdict.outcome {
             Outcome::Update => {
-                for param in &mut self.params {
-                    param.steps = param.steps.saturating_add(u64::from(param.is_stepped));
+                for (step, stepped) in self.steps.iter_mut().zip(&self.stepped) {
+                    *step = step.saturating_add(u64::from(*stepped));
                 }
                 self.tell_autograd(py)
             }
@@ -667,7 +679,7 @@ impl ArraySession {
         let is_updated_tensor = |index: &usize| {
             let param = &self.params[*index];
             let class = param.object.bind(py).get_type();
-            param.is_stepped
+            self.stepped[*index]
                 && matches!(param.source, Source::Exchange(_))
                 && (class.module()).is_ok_and(|name| name.to_string().starts_with("torch"))
         };
@@ -790,7 +802,7 @@ impl ArraySession {
             array.set_item(py.Ellipsis(), value)?;
         }
         for (index, step) in steps {
-            self.params[index].steps = step;
+            self.steps[index] = step;
         }
         Ok(())
     }
@@ -806,6 +818,8 @@ impl ArraySession {
             self.params.truncate(first);
         }
         self.find_foreign();
+        self.steps.resize(self.params.len(), 0);
+        self.stepped.resize(self.params.len(), false);
         self.release(py);
         self.gradients.reserve(self.params.len());
         added
@@ -915,6 +929,8 @@ struct ArrayCheck<'x> {
     gradients: &'x [Option<Source>],
     groups: &'x [Group],
     params: &'x mut [Param],
+    steps: &'x [u64],
+    stepped: &'x mut [bool],
     destinations: &'x mut Destinations,
     held: &'x mut Vec<Py<PyAny>>,
 }
@@ -974,7 +990,7 @@ impl<'x> ArrayCheck<'x> {
         for index in group.range.clone() {
             let gradient = self.gradient(index)?;
             let param = &mut self.params[index];
-            param.is_stepped = gradient.is_some();
+            self.stepped[index] = gradient.is_some();
             param.source.follow(self.quiet, self.held);
             let mark = param.unchanged(self.quiet);
             if mark.is_none() {
@@ -988,7 +1004,7 @@ impl<'x> ArrayCheck<'x> {
             let Some(gradient) = gradient.filter(|_| self.destinations.is_checked()) else {
                 continue;
             };
-            let rule = rules.get(work, param.dtype, config, param.steps);
+            let rule = rules.get(work, param.dtype, config, self.steps[index]);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
                 None => self.push(work, index, gradient, rule, Role::used(config))?,
@@ -1000,20 +1016,18 @@ impl<'x> ArrayCheck<'x> {
     /// The parameters of a group, and their gradients, as flat buffers.
     #[allow(unsafe_code)]
     fn flat(&mut self, work: &mut Work<'_, '_>, group: &Group) -> Result<(), Refused> {
-        for param in &mut self.params[group.range.clone()] {
-            param.is_stepped = true;
-        }
+        self.stepped[group.range.clone()].fill(true);
         let mut rules = RuleCache::default();
         for bucket in &group.buckets {
             // Python code may have run since that was decided.
             let [p, g] = bucket.flat_addresses().ok_or(Refused::Collect)?;
-            let first = &self.params[bucket.first];
-            let [v, m, b] = first.state;
+            let [v, m, b] = self.params[bucket.first].state;
+            let steps = self.steps[bucket.first];
             let piece = Piece {
                 arrays: [p, g, v, m, b].map(|address| address as *mut u8),
                 numel: bucket.numel,
                 index: bucket.first as u32,
-                rule: rules.get(work, bucket.dtype, &group.options.config, first.steps),
+                rule: rules.get(work, bucket.dtype, &group.options.config, steps),
                 form: Piece::DENSE,
             };
             // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were found

@@ -188,12 +188,11 @@ impl Group {
     }
 
     /// Whether a step can take the parameters and gradients as flat buffers.
-    pub fn can_be_flat(&self, params: &[Param]) -> bool {
-        let params = &params[self.range.clone()];
+    pub fn can_be_flat(&self, steps: &[u64]) -> bool {
+        let steps = &steps[self.range.clone()];
         let mut buckets = self.buckets.iter();
         buckets.all(|bucket| bucket.flat_addresses().is_some())
-            && (!self.options.config.bias_correction
-                || params.iter().all(|param| param.steps == params[0].steps))
+            && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]))
     }
 
     /// Whether nobody has pulled the memory away: a view's `base` is within a user's reach.

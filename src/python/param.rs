@@ -25,10 +25,6 @@ pub(crate) struct Param {
     pub has_own_grad: bool,
     pub dtype: DType,
     pub numel: usize,
-    /// Its updates.
-    pub steps: u64,
-    /// Whether this step updates it.
-    pub is_stepped: bool,
     pub shape: SmallVec<[i64; 4]>,
     /// Of all its state arrays, which are dense; in elements.
     pub state_strides: SmallVec<[i64; 4]>,
@@ -89,8 +85,6 @@ impl Param {
             source,
             dtype,
             numel,
-            steps: 0,
-            is_stepped: false,
             shape,
             state_strides,
             offset: 0,
@@ -183,7 +177,7 @@ impl Param {
         });
         let refuse = |refusal| other.refuse("parameter", index, refusal, self.object.bind(py));
         checked.map_err(refuse)?;
-        (self.steps, self.offset, self.state) = (other.steps, other.offset, other.state);
+        (self.offset, self.state) = (other.offset, other.state);
         self.state_strides.clone_from(&other.state_strides);
         // Compared with its state at the next step.
         self.seen = Seen::default();

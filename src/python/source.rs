@@ -133,7 +133,7 @@ impl Source {
 
     /// Takes the array that a [`Parameter`] has now; the one that it had goes to `retired`, for
     /// dropping it may run Python code.
-    #[inline]
+    #[inline(always)]
     pub fn follow(&mut self, quiet: &Quiet<'_>, retired: &mut Vec<Py<PyAny>>) {
         if let Source::Parameter(parameter, data, version) = self
             && parameter.get().version() != *version
