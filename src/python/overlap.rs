@@ -7,7 +7,7 @@
 //! multiple of their greatest common divisor, cannot be what is missing. (NumPy's `shares_memory`
 //! does alike.) Nothing takes memory that grows with the elements.
 //!
-//! Of many arrays those are compared whose bounds reach into one another: a thousand columns of one
+//! Of many arrays those are compared whose bounds reach into one another: two thousand columns of one
 //! matrix take 0.1 s.
 
 use pyo3::PyErr;
@@ -40,26 +40,10 @@ impl Extent {
         Some((low, high))
     }
 
-    /// Its elements as stretches of so many bytes, each of which begins at a sum of terms after the
-    /// first.
-    fn stretches(&self) -> (i128, SmallVec<[Term; 4]>) {
+    /// (stride, greatest index) of the dimensions that have more than one, walked upwards.
+    fn terms(&self) -> impl Iterator<Item = (i128, i128)> {
         let dims = self.dims.iter().filter(|dim| dim.0 > 1);
-        let mut terms: SmallVec<[Term; 4]> = dims
-            .map(|&(len, stride)| Term {
-                stride: stride.unsigned_abs() as i128,
-                most: len as i128 - 1,
-            })
-            .collect();
-        terms.sort_unstable_by_key(|term| term.stride);
-        // The fastest dimensions, as long as they leave no gap, are one stretch.
-        let mut length = self.size as i128;
-        let mut dense = 0;
-        while let Some(term) = terms.get(dense).filter(|term| term.stride == length) {
-            length *= term.most + 1;
-            dense += 1;
-        }
-        terms.drain(..dense);
-        (length, terms)
+        dims.map(|&(len, stride)| (stride.unsigned_abs() as i128, len as i128 - 1))
     }
 
     /// Whether two of its indices are the same element.
@@ -67,14 +51,16 @@ impl Extent {
         if self.bounds().is_none() {
             return false;
         }
-        let (length, terms) = self.stretches();
+        let mut terms: SmallVec<[(i128, i128); 4]> = self.terms().collect();
+        terms.sort_unstable_by_key(|term| -term.0);
+        let size = self.size as i128;
         // The differences of two indices: the first one that is not 0 is positive, those before it
         // are 0, and those after it anything.
         (0..terms.len()).any(|first| {
-            let Term { stride, most } = terms[first];
-            let mut differences = Equation::new(1 - length - stride, length - 1 - stride);
+            let (stride, most) = terms[first];
+            let mut differences = Equation::new(1 - size - stride, size - 1 - stride);
             differences.add(stride, most - 1);
-            for &Term { stride, most } in &terms[first + 1..] {
+            for &(stride, most) in &terms[first + 1..] {
                 differences.add(stride, 2 * most);
                 differences.shift(stride * most);
             }
@@ -90,15 +76,14 @@ impl Extent {
         if mine.1 <= its.0 || its.1 <= mine.0 {
             return false;
         }
-        let (my_length, my_terms) = self.stretches();
-        let (its_length, its_terms) = other.stretches();
-        // Where mine begins minus where its begins, whose terms count from their other end.
-        let mut between = Equation::new(1 - my_length, its_length - 1);
+        // Where an element of mine begins minus where one of its does, whose indices count from
+        // their other end.
+        let mut between = Equation::new(1 - self.size as i128, other.size as i128 - 1);
         between.shift(its.0 as i128 - mine.0 as i128);
-        for Term { stride, most } in my_terms {
+        for (stride, most) in self.terms() {
             between.add(stride, most);
         }
-        for Term { stride, most } in its_terms {
+        for (stride, most) in other.terms() {
             between.add(stride, most);
             between.shift(stride * most);
         }
@@ -107,10 +92,13 @@ impl Extent {
 }
 
 /// A stride times a whole number from 0 to `most`.
-#[derive(Clone, Copy)]
 struct Term {
     stride: i128,
     most: i128,
+    /// The greatest sum of the terms of smaller strides.
+    reach_below: i128,
+    /// What it and the terms of smaller strides add up to is a multiple of this.
+    divisor: i128,
 }
 
 /// Whether a sum of terms is in a range.
@@ -132,11 +120,17 @@ impl Equation {
         }
     }
 
-    /// Adds a term; those of one stride are one.
+    /// Adds a term; those of one stride are one, and a stride of 0 adds nothing.
     fn add(&mut self, stride: i128, most: i128) {
         match self.terms.iter_mut().find(|term| term.stride == stride) {
             Some(term) => term.most += most,
-            None => self.terms.push(Term { stride, most }),
+            None if stride == 0 => {}
+            None => self.terms.push(Term {
+                stride,
+                most,
+                reach_below: 0,
+                divisor: stride,
+            }),
         }
     }
 
@@ -146,35 +140,49 @@ impl Equation {
         self.greatest += by;
     }
 
-    fn has_solution(mut self) -> bool {
-        // A stride of 0 adds nothing.
-        self.terms.retain(|term| term.stride > 0);
-        self.terms.sort_unstable_by_key(|term| -term.stride);
+    fn has_solution(&mut self) -> bool {
+        self.terms.sort_unstable_by_key(|term| term.stride);
+        // A stride that leaves no gap between the ranges it moves to makes them one: so dense
+        // dimensions are never searched.
+        let mut dense = 0;
+        while let Some(term) = self.terms.get(dense)
+            && term.stride <= self.greatest - self.least + 1
+        {
+            self.least -= term.stride * term.most;
+            dense += 1;
+        }
+        let terms = &mut self.terms[dense..];
+        let (mut reach, mut divisor) = (0, 0);
+        for term in &mut *terms {
+            divisor = common_divisor(term.stride, divisor);
+            (term.reach_below, term.divisor) = (reach, divisor);
+            reach += term.stride * term.most;
+        }
         let mut tries = MOST_TRIES;
-        search(&self.terms, self.least, self.greatest, &mut tries)
+        search(terms, self.least, self.greatest, &mut tries)
     }
 }
 
-/// Whether a sum of terms, from the largest stride to the smallest, is in a range.
+/// Whether a sum of terms, which are sorted by stride, is in a range.
 fn search(terms: &[Term], least: i128, greatest: i128, tries: &mut u32) -> bool {
     if least <= 0 && 0 <= greatest {
         return true;
     }
-    let Some((Term { stride, most }, others)) = terms.split_first() else {
+    let Some((term, smaller)) = terms.split_last() else {
         return false;
     };
-    let step = terms
-        .iter()
-        .fold(0, |step, term| common_divisor(term.stride, step));
-    if greatest < 0 || greatest / step * step < least {
+    if greatest < 0 || greatest % term.divisor > greatest - least {
         return false;
     }
-    let reach: i128 = others.iter().map(|term| term.stride * term.most).sum();
-    let first = (least - reach + stride - 1).div_euclid(*stride).max(0);
-    let last = (greatest / stride).min(*most);
+    let stride = term.stride;
+    let first = match least - term.reach_below {
+        ..=0 => 0,
+        missing => (missing - 1) / stride + 1,
+    };
+    let last = (greatest / stride).min(term.most);
     (first..=last).any(|x| {
         *tries = tries.saturating_sub(1);
-        *tries == 0 || search(others, least - x * stride, greatest - x * stride, tries)
+        *tries == 0 || search(smaller, least - x * stride, greatest - x * stride, tries)
     })
 }
 
