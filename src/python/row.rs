@@ -21,8 +21,6 @@ pub(crate) struct Row {
 ///
 /// # Errors
 /// The role of the array that does not fit, and why.
-// Views are looked at where `read` has put them: copying one right after it was written waits for
-// the stores, 5 ns a view.
 #[inline(always)]
 pub(crate) fn check<'q>(
     uses: [bool; ROLES],

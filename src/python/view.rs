@@ -616,7 +616,7 @@ pub(crate) fn describe_array(dtype: &str, shape: &[i64]) -> String {
 }
 
 /// Why an array is not taken: a plain value, for it is found where no Python code runs and each look
-/// at an array may find one. Only who raises describes it ([`Refusal::raise`]).
+/// at an array may find one. Only who raises describes it ([`Failure::raise`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// Not of a type that could be.
@@ -656,7 +656,32 @@ impl From<OutOfMemory> for Refusal {
     }
 }
 
-impl Refusal {
+/// Why an object gave no array where Python code ran to get one.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Refusal(Refusal),
+    /// Its producer has something else than what is wanted by whoever raises, and what.
+    Unwanted(String),
+    /// A producer did not do what it should: what that is, and what it did.
+    Type(&'static str, String),
+    Value(&'static str, String),
+    /// It raised.
+    Python(PyErr),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Failure::Refusal(refusal)
+    }
+}
+
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Failure::Python(error)
+    }
+}
+
+impl Failure {
     /// The exception: `culprit` names the array, `wanted` says what was expected, `object` is what
     /// was found. Runs Python code.
     pub fn raise(
@@ -671,7 +696,14 @@ impl Refusal {
         let value_error = |wanted: &str, found: &str| {
             PyValueError::new_err(format!("{culprit}: expected {wanted}, got {found}"))
         };
-        match self {
+        let refusal = match self {
+            Failure::Refusal(refusal) => refusal,
+            Failure::Unwanted(found) => return type_error(wanted, &found),
+            Failure::Type(wanted, found) => return type_error(wanted, &found),
+            Failure::Value(wanted, found) => return value_error(wanted, &found),
+            Failure::Python(error) => return error,
+        };
+        match refusal {
             Refusal::NotAnArray => type_error(wanted, &class_name(object)),
             Refusal::Scalar => type_error(
                 wanted,
@@ -736,51 +768,6 @@ impl Refusal {
                 "one with",
             ),
             Refusal::OutOfMemory => OutOfMemory.into(),
-        }
-    }
-}
-
-/// Why an object gave no array where Python code ran to get one.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    Refusal(Refusal),
-    /// Its producer has something else than what is wanted by whoever raises, and what.
-    Unwanted(String),
-    /// A producer did not do what it should: what that is, and what it did.
-    Type(&'static str, String),
-    Value(&'static str, String),
-    /// It raised.
-    Python(PyErr),
-}
-
-impl From<Refusal> for Failure {
-    fn from(refusal: Refusal) -> Self {
-        Failure::Refusal(refusal)
-    }
-}
-
-impl From<PyErr> for Failure {
-    fn from(error: PyErr) -> Self {
-        Failure::Python(error)
-    }
-}
-
-impl Failure {
-    /// As [`Refusal::raise`].
-    pub fn raise(
-        self,
-        culprit: impl std::fmt::Display,
-        wanted: &str,
-        object: &Bound<'_, PyAny>,
-    ) -> PyErr {
-        let message =
-            |wanted: &str, found: &str| format!("{culprit}: expected {wanted}, got {found}");
-        match self {
-            Failure::Refusal(refusal) => refusal.raise(culprit, wanted, object),
-            Failure::Unwanted(found) => PyTypeError::new_err(message(wanted, &found)),
-            Failure::Type(wanted, found) => PyTypeError::new_err(message(wanted, &found)),
-            Failure::Value(wanted, found) => PyValueError::new_err(message(wanted, &found)),
-            Failure::Python(error) => error,
         }
     }
 }
