@@ -28,6 +28,7 @@ except ImportError as _error:
     if sys.argv[:1] == ["-m"] and "rmsprop" in sys.orig_argv:  # a command, no program
         sys.exit(f"python -m rmsprop: {_error}")
     raise
+from rmsprop.checkpoint import load, save
 from rmsprop.optimizer import RMSprop, dialect
 from rmsprop.parameter import Parameter
 
@@ -42,4 +43,4 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Parameter", "RMSprop", "__version__", "dialect", "info"]
+__all__ = ["Parameter", "RMSprop", "__version__", "dialect", "info", "load", "save"]

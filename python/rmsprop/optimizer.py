@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -364,12 +364,7 @@ class RMSprop(_core.Optimizer):
             index: {key: copied(value) for key, value in entry.items()}
             for index, entry in self.state.items()
         }
-        groups, first = [], 0
-        for group in self.param_groups:
-            numbers = list(range(first, first + len(group["params"])))
-            groups.append({**group, "params": numbers})
-            first += len(numbers)
-        return {"state": state, "param_groups": groups}
+        return {"state": state, "param_groups": numbered(self.param_groups)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` or torch's RMSprop saved; arrays are copied.
@@ -385,6 +380,9 @@ class RMSprop(_core.Optimizer):
             ValueError: for another layout of groups, other names, or state that does not
                 fit; the optimizer is unchanged then.
         """
+        self._take(self._checked_state_dict(state_dict))
+
+    def _checked_state_dict(self, state_dict: Mapping[str, Any]) -> _Loaded:
         try:
             saved_groups = list(state_dict["param_groups"])
             saved_state = dict(state_dict["state"])
@@ -421,7 +419,11 @@ class RMSprop(_core.Optimizer):
             places[number]: checked(self, places[number], entry)
             for number, entry in saved_state.items()
         }
-        restore(self, {index: entries.get(index, {}) for index in self.state}, groups)
+        return _Loaded(places, groups, entries)
+
+    def _take(self, loaded: _Loaded) -> None:
+        entries = {index: loaded.entries.get(index, {}) for index in self.state}
+        restore(self, entries, loaded.groups)
 
     def _by_name(
         self, places: dict[Any, int], saved_groups: list[Mapping[str, Any]]
@@ -473,6 +475,24 @@ class RMSprop(_core.Optimizer):
         options = ("max_grad_norm", "nonfinite", "threads")
         lines += [f"{key}: {getattr(self, key)}" for key in options]
         return "\n".join([*lines, ")"])
+
+
+class _Loaded(NamedTuple):
+    """A checkpoint that was checked, and fits."""
+
+    places: dict[Any, int]  # the index here of each parameter there
+    groups: list[dict[str, Any]]
+    entries: dict[int, dict[str, Any]]
+
+
+def numbered(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with the indices of their parameters in place of these."""
+    result, first = [], 0
+    for group in groups:
+        end = first + len(group["params"])
+        result.append({**group, "params": list(range(first, end))})
+        first = end
+    return result
 
 
 _OPTIMIZER_OPTIONS = ("max_grad_norm", "nonfinite", "threads", "skipped_steps")

@@ -349,9 +349,9 @@ fn follow_entries(
     dict: &Py<PyDict>,
 ) -> Option<Moved> {
     let mut moved = Moved::new();
-    let mut count = 0;
-    for (key, value) in Lent::of(quiet, dict).entries(quiet)? {
-        let (known_key, known_value) = entries.get_mut(count)?;
+    let mut found = Lent::of(quiet, dict).entries(quiet)?;
+    for (place, (known_key, known_value)) in entries.iter_mut().enumerate() {
+        let (key, value) = found.next()?;
         if known_key.as_ptr() != key.as_ptr() {
             return None;
         }
@@ -359,11 +359,10 @@ fn follow_entries(
             let number = value.float(quiet)?;
             Lent::of(quiet, known_value).float(quiet)?;
             *known_value = value.hold(quiet);
-            moved.push((count, number));
+            moved.push((place, number));
         }
-        count += 1;
     }
-    (count == entries.len()).then_some(moved)
+    found.next().is_none().then_some(moved)
 }
 
 /// Whether the group wants its parameters in flat buffers.

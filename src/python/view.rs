@@ -187,16 +187,12 @@ impl<'q> Iterator for Entries<'q> {
         // SAFETY: this is a dict, which nobody changes while no Python code runs, and which holds
         // what it has.
         let found = unsafe { ffi::PyDict_Next(dict, position, &mut key, &mut value) };
-        let lent = |object| {
-            Some(Lent {
-                object: NonNull::new(object)?,
-                quiet: PhantomData,
-            })
+        let (key, value) = (NonNull::new(key)?, NonNull::new(value)?);
+        let lent = |object| Lent {
+            object,
+            quiet: PhantomData,
         };
-        match found {
-            0 => None,
-            _ => lent(key).zip(lent(value)),
-        }
+        (found != 0).then(|| (lent(key), lent(value)))
     }
 }
 
