@@ -38,8 +38,8 @@ with suppress(ImportError):  # where threadpoolctl is installed, it knows of our
 
 def __getattr__(name: str) -> object:
     # Importing torch takes seconds, so it waits until it is asked for.
-    if name == "torch":
-        return import_module("rmsprop.torch")
+    if name in ("convert", "torch"):
+        return import_module(f"rmsprop.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
