@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTENSION := $(VENV)/.extension
 RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(EXTENSION)
 	$(BIN)/python examples/digits.py
@@ -25,6 +25,10 @@ lint: $(VENV)/.test $(EXTENSION)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest rmsprop
+
+# A warning is an error. Its code is run by the tests.
+docs: $(VENV)/.test $(EXTENSION)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(VENV)/.test $(EXTENSION)
 	cargo bench

@@ -60,7 +60,12 @@ pub use optimizer::RmsProp;
 pub use state::StateKey;
 pub use threads::default_threads;
 
-/// Runs the README's Rust example.
+/// Runs the Rust examples of the README.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// Runs those of the documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/rust.md")]
+struct Documentation;

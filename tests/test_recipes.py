@@ -11,7 +11,9 @@ from rmsprop import dialect
 from rmsprop.torch import RMSprop as TorchRMSprop
 
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
-ROW = re.compile(r"^\| (?P<name>[^|`]+) \| `(?P<call>RMSprop\(.+\))` \| .+ \|$", re.MULTILINE)
+ROW = re.compile(
+    r"^\| (?P<name>[^|`]+) \| `(?P<call>RMSprop\(.+\))` \| .+ \|$", re.MULTILINE
+)
 CALLS = {m["name"]: m["call"] for m in ROW.finditer(RECIPES.read_text())}
 STEPS = 50
 
