@@ -25,6 +25,8 @@ lint: $(VENV)/.test $(EXTENSION)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest rmsprop
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
 # A warning is an error. Its code is run by the tests.
 docs: $(VENV)/.test $(EXTENSION)

@@ -1,6 +1,7 @@
 //! Every framework's RMSprop by name: the one table.
 
 use crate::config::Config;
+use crate::error::Error;
 
 /// Builds a constructor of [`Config`] per row, and [`Config::dialect`] and [`DIALECTS`] over all of
 /// them.
@@ -31,15 +32,18 @@ macro_rules! dialects {
                 }
             })*
 
-            /// The dialect of that name, one of [`DIALECTS`]; `None` for any other.
+            /// The dialect of that name, one of [`DIALECTS`].
+            ///
+            /// # Errors
+            /// [`Error::Dialect`] for any other, which lists them.
             ///
             /// ```
-            /// assert_eq!(rmsprop::Config::dialect("tf1"), Some(rmsprop::Config::tf1()));
+            /// assert_eq!(rmsprop::Config::dialect("tf1"), Ok(rmsprop::Config::tf1()));
             /// ```
-            pub fn dialect(name: &str) -> Option<Config> {
+            pub fn dialect(name: &str) -> Result<Config, Error> {
                 match name {
-                    $(stringify!($name) => Some(Config::$name()),)*
-                    _ => None,
+                    $(stringify!($name) => Ok(Config::$name()),)*
+                    _ => Err(Error::Dialect { found: name.to_owned() }),
                 }
             }
         }

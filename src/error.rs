@@ -74,6 +74,12 @@ pub enum Error {
         /// What there was.
         found: String,
     },
+    /// No framework of that name.
+    #[error("dialect: expected one of {}, got '{found}'", crate::DIALECTS.join(", "))]
+    Dialect {
+        /// The name asked for.
+        found: String,
+    },
     /// The instruction set is unknown or this processor does not have it.
     #[error("{name}: expected one of {available}, got '{found}'")]
     Isa {

@@ -93,6 +93,15 @@ impl<T: Real> RmsProp<T> {
     /// # Errors
     /// [`Error::Threads`] for 0.
     pub fn with_threads(mut self, threads: usize) -> Result<Self, Error> {
+        self.set_threads(threads)?;
+        Ok(self)
+    }
+
+    /// [`RmsProp::with_threads`], from the next step on.
+    ///
+    /// # Errors
+    /// [`Error::Threads`] for 0.
+    pub fn set_threads(&mut self, threads: usize) -> Result<(), Error> {
         if threads == 0 {
             return Err(Error::Threads {
                 name: "threads",
@@ -100,7 +109,7 @@ impl<T: Real> RmsProp<T> {
             });
         }
         self.threads = threads;
-        Ok(self)
+        Ok(())
     }
 
     /// Steps on another instruction set than [`isa`]; the bits are the same.
@@ -118,15 +127,29 @@ impl<T: Real> RmsProp<T> {
     /// # Errors
     /// [`Error::Hyperparameter`] unless it is > 0.
     pub fn with_max_grad_norm(mut self, max_grad_norm: f64) -> Result<Self, Error> {
-        validate_max_grad_norm(max_grad_norm)?;
-        self.clipping.max_grad_norm = Some(max_grad_norm);
+        self.set_max_grad_norm(Some(max_grad_norm))?;
         Ok(self)
+    }
+
+    /// [`RmsProp::with_max_grad_norm`], from the next step on; `None` scales nothing.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`] unless it is > 0.
+    pub fn set_max_grad_norm(&mut self, max_grad_norm: Option<f64>) -> Result<(), Error> {
+        max_grad_norm.map_or(Ok(()), validate_max_grad_norm)?;
+        self.clipping.max_grad_norm = max_grad_norm;
+        Ok(())
     }
 
     /// What a step does with an infinite or NaN gradient.
     pub fn with_nonfinite(mut self, nonfinite: Nonfinite) -> Self {
-        self.clipping.nonfinite = nonfinite;
+        self.set_nonfinite(nonfinite);
         self
+    }
+
+    /// [`RmsProp::with_nonfinite`], from the next step on.
+    pub fn set_nonfinite(&mut self, nonfinite: Nonfinite) {
+        self.clipping.nonfinite = nonfinite;
     }
 
     /// Updates the parameters in place. Parameters and gradients come in the order of the lengths,

@@ -193,3 +193,42 @@ fn a_norm_that_overflows_is_not_a_gradient_that_does() {
     opt.step(&mut [&mut [1.0][..]], &[&[1e300][..]]).unwrap();
     assert_eq!(opt.steps(0), Some(1));
 }
+
+#[test]
+fn unknown_dialects_are_told_the_known_ones() {
+    let refused = Config::dialect("adam").unwrap_err();
+    assert_eq!(
+        refused,
+        Error::Dialect {
+            found: "adam".to_owned()
+        }
+    );
+    let message = refused.to_string();
+    for name in rmsprop::DIALECTS {
+        assert!(message.contains(name), "{message}");
+        assert!(Config::dialect(name).is_ok());
+    }
+}
+
+#[test]
+fn setters_take_what_the_constructors_take() {
+    let mut opt = optimizer();
+    assert!(matches!(opt.set_threads(0), Err(Error::Threads { .. })));
+    assert!(matches!(
+        opt.set_max_grad_norm(Some(0.0)),
+        Err(Error::Hyperparameter { .. })
+    ));
+    let (mut a, mut b) = ([1.0; 2], [1.0; 3]);
+    let grads: [&[f32]; 2] = [&[3.0, 0.0], &[0.0, 0.0, 4.0]];
+    opt.set_threads(1).unwrap();
+    opt.set_max_grad_norm(Some(1.0)).unwrap();
+    opt.step(&mut [&mut a[..], &mut b[..]], &grads).unwrap();
+    assert_eq!(opt.last_grad_norm(), Some(5.0));
+    opt.set_max_grad_norm(None).unwrap();
+    opt.set_nonfinite(Nonfinite::Raise);
+    let bad: [&[f32]; 2] = [&[f32::NAN, 0.0], &[0.0; 3]];
+    let before = (a, b);
+    let refused = opt.step(&mut [&mut a[..], &mut b[..]], &bad);
+    assert!(matches!(refused, Err(Error::Nonfinite { .. })));
+    assert_eq!((a, b), before);
+}

@@ -24,7 +24,14 @@ ROOT = TESTS.parent
 ENVIRONMENT = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target" / "wheel")}
 
 PACKAGE = ("python/**/*.py", "python/**/*.pyi", "python/**/py.typed")
-CRATE = ("src/**/*.rs", "examples/*.rs", "benches/*.rs", "tests/*.rs", "Cargo.*")
+CRATE = (
+    "src/**/*.rs",
+    "docs/rust.md",
+    "examples/*.rs",
+    "benches/*.rs",
+    "tests/*.rs",
+    "Cargo.*",
+)
 ABOUT = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE-*")
 
 SUITS = """
@@ -148,7 +155,7 @@ def test_rivals_stay_out_of_the_wheel(wheel):
             "^Provides-Extra: (.+)$", archive.read(metadata).decode(), re.MULTILINE
         )
     assert not [name for name in names if "rivals" in name or "harness" in name]
-    assert set(extras) == {"torch", "rl"}
+    assert set(extras) == {"torch", "rl", "safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -172,3 +179,38 @@ def test_sdist_builds_and_steps_in_a_clean_environment(sdist, tmp_path):
     # for those of the wheel, and pip keeps what it built from a file of that path.
     run("cargo", "clean", "--release", "--package", "rmsprop")
     install_and_step(sys.executable, tmp_path, "--no-cache-dir", sdist)
+
+
+def test_registries_accept_what_is_built(wheel, sdist):
+    """Their descriptions render, and the crate's own package builds by itself."""
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    run("cargo", "package", "--quiet", "--allow-dirty")
+
+
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 1 << 20
+
+
+def test_import_adds_little_to_numpy():
+    """5 ms on a machine at rest; a module that took a hundred would be seen here."""
+    code = (
+        "import time, numpy; start = time.perf_counter(); import rmsprop;"
+        " print(time.perf_counter() - start)"
+    )
+    times = []
+    for _ in range(5):
+        finished = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        times.append(float(finished.stdout))
+    assert min(times) < 0.1
+    assert "torch" not in modules_after("import rmsprop")
+
+
+def modules_after(code):
+    """The modules that are there then."""
+    show = f"{code}; import sys; print(*sys.modules)"
+    command = [sys.executable, "-c", show]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True
+    ).stdout.split()

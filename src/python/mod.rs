@@ -24,7 +24,6 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::config::Config;
-use crate::dialect::DIALECTS;
 use crate::kernel::isa::isa;
 use crate::threads::{default_threads, set_thread_limit, thread_limit};
 use options::Front;
@@ -32,12 +31,7 @@ use options::Front;
 /// The options that a dialect fixes; ValueError for an unknown name.
 #[pyfunction]
 fn dialect<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
-    let config = Config::dialect(name).ok_or_else(|| {
-        let names = DIALECTS.join(", ");
-        pyo3::exceptions::PyValueError::new_err(format!(
-            "dialect: expected one of {names}, got '{name}'"
-        ))
-    })?;
+    let config = Config::dialect(name)?;
     options::dialect_options(py, config)
 }
 
