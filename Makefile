@@ -24,7 +24,8 @@ lint: $(VENV)/.test $(EXTENSION)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest rmsprop
+	$(BIN)/basedpyright
+	$(BIN)/python -m mypy.stubtest rmsprop._core
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 

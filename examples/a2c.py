@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -35,7 +36,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from tqdm import tqdm
 
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict]] = {
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], Any]] = {
     "torch.optim.RMSprop": (torch.optim.RMSprop, {"eps": 1e-5}),
     "rmsprop": (RMSprop, {"eps": 1e-5}),
     "SB3's RMSpropTFLike": (RMSpropTFLike, {"eps": 1e-5}),
@@ -80,7 +81,8 @@ def train(name: str, seed: int, steps: int) -> Run:
     agent = A2C("MlpPolicy", env, policy_kwargs=kwargs, seed=seed, device="cpu")
     # A2C clips before it calls step() and cannot be told not to, so the clipping stays
     # outside; examples/impala.py shows the optimizer's own `max_grad_norm`.
-    watch = agent.policy.optimizer.step = Stopwatch(agent.policy.optimizer.step)
+    watch = Stopwatch(agent.policy.optimizer.step)
+    vars(agent.policy.optimizer)["step"] = watch
     start = perf_counter()
     agent.learn(steps)
     return Run(
@@ -116,7 +118,7 @@ def report(runs: dict[str, list[Run]]) -> None:
     for _ in range(10_000):
         nothing()
     print(
-        f"Medians of {len(rounds)} rounds; mean reward of every seed's last {EPISODES} "
+        f"Medians of {min(map(len, runs.values()))} rounds; mean reward of every seed's last {EPISODES} "
         f"episodes. Taking the time adds {median(nothing.seconds) * 1e6:.2f} us to a step."
     )
     for peer, ours in PAIRS:
@@ -149,13 +151,17 @@ def plot(runs: dict[str, list[Run]], steps: int, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
     figure.axes[0].set(ylabel=f"reward, mean of {EPISODES} episodes")
-    figure.suptitle(f"A2C on CartPole-v1, mean and range of {len(curves)} seeds")
+    figure.suptitle(
+        f"A2C on CartPole-v1, mean and range of {min(map(len, runs.values()))} seeds"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Stable-Baselines3's A2C on CartPole-v1, with torch's RMSprop, SB3's own, and rmsprop's."
+    )
     parser.add_argument("--steps", type=int, default=8_000, help="of the environment")
     parser.add_argument("--rounds", type=int, default=5, help="seeds to train with")
     parser.add_argument("--plot", type=Path, help="save the learning curves here")

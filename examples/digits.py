@@ -35,7 +35,8 @@ def load() -> list[np.ndarray]:
     """Images to train and to test with, then the labels of both."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
-    return train_test_split(images, labels, test_size=1 / 3, random_state=0)
+    parts = train_test_split(images, labels, test_size=1 / 3, random_state=0)
+    return [np.asarray(part) for part in parts]
 
 
 class Perceptron:
@@ -52,7 +53,7 @@ class Perceptron:
         return (parameter for layer in self.layers for parameter in layer)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        self.inputs = []  # of each layer, for the way back
+        self.inputs: list[np.ndarray] = []  # of each layer, for the way back
         for w, b in self.layers:
             x = np.maximum(x, 0) if self.inputs else x
             self.inputs.append(x)
@@ -168,14 +169,16 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     left.set(title="Training loss (cross-entropy)", ylabel="nats", yscale="log")
     right.set(title="Test accuracy", ylabel="%", ylim=(90, 99))
     right.legend(loc="lower right")
-    title = f"RMSprop dialects on 8 x 8 digits, mean and range of {len(seeds)} seeds"
+    title = f"RMSprop dialects on 8 x 8 digits, mean and range of {min(map(len, runs.values()))} seeds"
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Trains a NumPy perceptron on scikit-learn's handwritten digits with rmsprop."
+    )
     parser.add_argument("--plot", type=Path, default=Path("build/digits.png"))
     path = parser.parse_args().plot
 

@@ -25,6 +25,7 @@ from queue import Empty
 from statistics import median
 from threading import Event, Lock
 from time import perf_counter
+from typing import Any
 
 import gymnasium
 import torch
@@ -35,7 +36,7 @@ from torch import multiprocessing as mp
 ACTORS, LEARNERS, BUFFERS, BATCH, UNROLL = 2, 2, 32, 8, 20
 DISCOUNT, VALUE_COST, ENTROPY_COST = 0.99, 0.1, 0.01
 LR, MAX_GRAD_NORM = 5e-3, 40.0
-TORCHBEAST = {"alpha": 0.99, "eps": 0.01, "momentum": 0}
+TORCHBEAST: dict[str, Any] = {"alpha": 0.99, "eps": 0.01, "momentum": 0}
 PATIENCE = 60  # seconds
 
 
@@ -135,7 +136,10 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     policy_loss = -(log_prob * advantages).sum()
     value_loss = (targets - values[:-1]).square().sum() / 2
     negative_entropy = (policy.exp() * policy).sum()
-    return policy_loss + VALUE_COST * value_loss + ENTROPY_COST * negative_entropy
+    total: Tensor = (
+        policy_loss + VALUE_COST * value_loss + ENTROPY_COST * negative_entropy
+    )
+    return total
 
 
 class Learner:
@@ -144,6 +148,7 @@ class Learner:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.model = args, net()
         params, self.clips_outside = self.model.parameters(), args.optimizer == "torch"
+        opt: torch.optim.Optimizer
         if self.clips_outside:
             opt = torch.optim.RMSprop(params, lr=LR, **TORCHBEAST)
         else:
@@ -152,7 +157,11 @@ class Learner:
             opt, lambda update: max(0.0, 1 - update / args.updates)
         )
         self.opt, self.schedule = opt, schedule
-        self.saved = {"model": self.model, "schedule": schedule, "optimizer": opt}
+        self.saved: dict[str, Any] = {
+            "model": self.model,
+            "schedule": schedule,
+            "optimizer": opt,
+        }
         self.gathering, self.learning, self.stop = Lock(), Lock(), Event()
         self.updates, self.returns = 0, deque[float](maxlen=100)
         self.seconds: list[float] = []  # of each update, and of its clipping and step
@@ -258,7 +267,9 @@ def train(learner: Learner) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="An IMPALA learner on CartPole-v1, in the manner of TorchBeast's monobeast."
+    )
     parser.add_argument("--optimizer", choices=("rmsprop", "torch"), default="rmsprop")
     parser.add_argument("--updates", type=int, default=2000, help="the last one")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/impala.pt"))

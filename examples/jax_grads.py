@@ -45,7 +45,7 @@ def init(rng: np.random.Generator, features: int, hidden: int) -> Arrays:
 
 def main() -> None:
     x, y = load_diabetes(return_X_y=True)
-    y = StandardScaler().fit_transform(y[:, None])[:, 0]
+    y = StandardScaler().fit_transform(np.reshape(y, (-1, 1)))[:, 0]
     x = StandardScaler().fit_transform(x)
     data = (x.astype(np.float32), y.astype(np.float32))
     x_train, x_test, y_train, y_test = train_test_split(

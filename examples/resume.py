@@ -49,7 +49,9 @@ def gradients(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Trains on handwritten digits, saves after each epoch, and goes on where it stopped."
+    )
     parser.add_argument("--file", type=Path, default=Path("build/resume.safetensors"))
     parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()

@@ -79,3 +79,22 @@ def test_half_precision_in_a_group_that_is_added():
     ):
         opt.add_param_group(group)
     assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "culprit"),
+    [
+        ({"dense": {"w": np.ones(3)}}, "parameter 0 ('dense')"),
+        (
+            [{"params": [("a", np.ones(2)), ("b", {"w": np.ones(3)})]}],
+            "parameter 1 ('b')",
+        ),
+    ],
+    ids=["mapping", "group"],
+)
+def test_nested_mappings(params, culprit):
+    wanted = (
+        f"{culprit}: expected an array, got a dict: make of a nested mapping one from"
+    )
+    with pytest.raises(TypeError, match=re.escape(wanted)):
+        rmsprop.RMSprop(params)

@@ -1,13 +1,15 @@
 """Every option of a group is one row: its name in both fronts, its range, and whether torch has it."""
 
 import inspect
+import re
+from typing import get_args
 
 import numpy as np
 import pytest
 import rmsprop
 import rmsprop.torch
 import torch
-from rmsprop import _core
+from rmsprop import _core, types
 
 ROWS = dict(_core.OPTIONS)
 OF_OPTIMIZER = {"max_grad_norm", "nonfinite", "threads"}
@@ -55,3 +57,18 @@ def test_each_is_checked_by_its_name(name):
         with pytest.raises((TypeError, ValueError), match=rf"^{name} of group 0"):
             opt.step(grads=[np.ones(1)])
     assert opt.state[0]["step"] == 0
+
+
+def test_types_for_checkers():
+    """They are written down a second time, and the same."""
+    with pytest.raises(ValueError, match="expected one of (.*), got") as error:
+        rmsprop.dialect("none")
+    names = re.search("one of (.*), got", str(error.value))[1].split(", ")
+    assert list(get_args(types.Dialect)) == names
+    options = rmsprop.dialect("torch")
+    assert set(types.DialectOptions.__annotations__) == set(options)
+    free = rmsprop.optimizer._FREE
+    assert set(types.Overrides.__annotations__) == set(options) | free
+    opt = rmsprop.RMSprop([np.ones(3)])
+    for value in get_args(types.Nonfinite):
+        opt.nonfinite = value

@@ -1,10 +1,12 @@
 """The compiled part: the checks, the arithmetic, and what a step touches."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, final
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, final, overload
 
 import numpy as np
 from typing_extensions import Self, disjoint_base
+
+from rmsprop.types import Gradients, Nonfinite
 
 __all__ = [
     "OPTIONS",
@@ -52,9 +54,9 @@ class StepOptions:
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None: ...
     @property
-    def nonfinite(self) -> str: ...
+    def nonfinite(self) -> Nonfinite: ...
     @nonfinite.setter
-    def nonfinite(self, value: str) -> None: ...
+    def nonfinite(self, value: Nonfinite) -> None: ...
     @property
     def threads(self) -> int | None: ...
     @threads.setter
@@ -73,12 +75,12 @@ class Optimizer(StepOptions):
     def param_groups(self) -> list[dict[str, Any]]: ...
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None: ...
+    @overload
+    def step(self, closure: None = None, *, grads: Gradients | None = None) -> None: ...
+    @overload
     def step(
-        self,
-        closure: Callable[[], _T] | None = None,
-        *,
-        grads: Iterable[Any] | Mapping[str, Any] | None = None,
-    ) -> _T | None: ...
+        self, closure: Callable[[], _T], *, grads: Gradients | None = None
+    ) -> _T: ...
     def _add_groups(
         self, groups: list[tuple[dict[str, Any], list[str | None]]]
     ) -> None: ...

@@ -179,7 +179,7 @@ def torch_calls(what: str, threads: int, left_out: dict[str, str]) -> dict[str, 
             opt.zero_grad()
             y = (batch @ tensors[0] + tensors[1]).relu() @ tensors[2] + tensors[3]
             error = y.relu() @ tensors[4] + tensors[5] - wanted
-            (0.5 * error.square().mean()).backward()  # type: ignore[no-untyped-call]
+            (0.5 * error.square().mean()).backward()
             opt.step()
 
         update()  # the step alone needs gradients too

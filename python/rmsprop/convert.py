@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmsprop.optimizer import dialect
+from rmsprop import _core
 
 __all__ = [
     "arguments",
@@ -523,7 +523,7 @@ def _peer(name: str) -> _Peer:
 def _options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The whole formula, from hyperparameters under the names of a framework."""
     known = _PEERS[name].options
-    options = dialect(name)
+    options = _core.dialect(name)
     for theirs, value in given.items():
         if theirs not in known:
             raise TypeError(
@@ -546,9 +546,9 @@ def _options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(name: str, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups of a ``state_dict``, all of which a framework can compute."""
     known = set(_peer(name).options.values())
-    wanted = {**dialect(name), "maximize": False}
+    wanted = {**_core.dialect(name), "maximize": False}
     # The torch front writes down no option of ours that is as torch's rule has it.
-    start = {**dialect("torch"), "maximize": False}
+    start = {**_core.dialect("torch"), "maximize": False}
     groups = [{**start, **group} for group in state_dict["param_groups"]]
     for index, group in enumerate(groups):
         idle = {"initial_square_avg"}  # The state is there.
@@ -730,7 +730,7 @@ def _to_torch_like(
     extra: dict[str, Any],
 ) -> StateDict:
     names = {ours: theirs for theirs, ours in _PEERS[name].options.items()}
-    formula = {*dialect(name), "maximize"} - set(names)
+    formula = {*_core.dialect(name), "maximize"} - set(names)
     ours_alone = {"contiguous_params", "capturable", "differentiable", "foreach"}
     groups = [
         {

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
-from rmsprop import _core
 from rmsprop.torch_names import (
     check_capture,
     has_transforms,
@@ -41,8 +40,12 @@ class Steps(Protocol):
     _in_backward: Any
 
     def _step(self, only: Place | None = None) -> None: ...
+
     @property
-    def _stepper(self) -> _core.Stepper: ...
+    def _stepper(
+        self,
+    ) -> Any: ...  # a _core.Stepper, which is no cached property to pyright
+
     @property
     def max_grad_norm(self) -> float | None: ...
     @property

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from rmsprop import _core
 from rmsprop.state import State, as_ndarray, checked, copied, restore
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
+
+    from rmsprop.types import Dialect, DialectOptions, Nonfinite, Overrides, Params
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_core._after_fork)
@@ -27,7 +29,7 @@ _FREE = {
 }
 
 
-def dialect(name: str, **overrides: Any) -> dict[str, Any]:
+def dialect(name: Dialect, **overrides: Unpack[Overrides]) -> DialectOptions:
     """Returns the keyword arguments that make RMSprop that of a framework.
 
     They spell out the whole formula, so both fronts read them alike, but never ``lr``
@@ -58,7 +60,8 @@ def dialect(name: str, **overrides: Any) -> dict[str, Any]:
             raise TypeError(
                 f"dialect: expected an argument of RMSprop, got {key!r}{hint}"
             )
-    return {**options, **overrides}
+    # With lr and the like if they are given, of which a type checker need not know.
+    return cast("DialectOptions", {**options, **overrides})
 
 
 _Value = TypeVar("_Value")
@@ -185,7 +188,7 @@ class RMSprop(_core.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float = 1e-3,
         alpha: float = 0.99,
         eps: float = 1e-8,
@@ -202,7 +205,7 @@ class RMSprop(_core.Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         threads: int | None = None,
     ) -> None:
         self.defaults = {
@@ -560,6 +563,12 @@ def _named(params: Mapping[str, Any] | list[Any]) -> tuple[list[Any], list[str |
                     f" and array, got a tuple of {len(item)}"
                 )
             name, item = item
+        if isinstance(item, Mapping):
+            culprit = len(objects) if name is None else f"{len(objects)} ({name!r})"
+            raise TypeError(
+                f"parameter {culprit}: expected an array, got a {type(item).__name__}:"
+                " make of a nested mapping one from path to array"
+            )
         objects.append(item)
         names.append(name)
     return objects, names

@@ -32,7 +32,7 @@ class Parameter(_core.Parameter, NDArrayOperatorsMixin):
 
     # A base class with operators of its own leaves no room for a hash; this one is by
     # identity, as an object that changes must have it.
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is None:

@@ -34,14 +34,15 @@ class Controller(threadpoolctl.LibController, metaclass=ABCMeta):  # type: ignor
         if self.filepath != _LIBRARY:
             self.dynlib = None
 
-    def get_num_threads(self) -> int:
+    # (Its stubs say that both return None.)
+    def get_num_threads(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _core._thread_limit() or _Unlimited(_core.info()["threads"])
 
     def set_num_threads(self, num_threads: int) -> None:
         is_unlimited = isinstance(num_threads, _Unlimited)
         _core._set_thread_limit(None if is_unlimited else num_threads)
 
-    def get_version(self) -> str:
+    def get_version(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _core.__version__
 
 

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 
@@ -36,9 +36,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from rmsprop import _core, backward, fallback, torch_names
 
+if TYPE_CHECKING:
+    from rmsprop.types import Nonfinite
+
 __all__ = ["RMSprop"]
 
 _Group: TypeAlias = dict[str, Any]
+_Loss = TypeVar("_Loss", float, Tensor)
 #: The options that torch's RMSprop does not have.
 _OWN = tuple(name for name, is_torchs in _core.OPTIONS if not is_torchs)
 #: Those of the optimizer instead of a group.
@@ -148,7 +152,7 @@ class RMSprop(Optimizer):
         bias_correction: bool = False,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: Nonfinite = "propagate",
         contiguous_params: bool = False,
         threads: int | None = None,
     ) -> None:
@@ -216,12 +220,12 @@ class RMSprop(Optimizer):
         self._stepper.max_grad_norm = value
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> Nonfinite:
         """What a step does with an infinite or NaN gradient."""
         return self._stepper.nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
+    def nonfinite(self, value: Nonfinite) -> None:
         if self._in_backward is not None:
             backward.check("nonfinite", value)
         self._stepper.nonfinite = value
@@ -336,8 +340,8 @@ class RMSprop(Optimizer):
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, *args: Any, **kwargs: Any) -> float | None:
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Updates every parameter that has a gradient, in place.
 
         Writes the parameters and their state, not the gradients. The GIL is released
@@ -502,7 +506,7 @@ def _is_movable(p: Tensor) -> bool:
     if p.layout != torch.strided:
         return False
     # All of its storage is its own, and in other hands it would not follow.
-    return p.untyped_storage().nbytes() == p.nbytes and not p.is_shared()  # type: ignore[no-untyped-call]
+    return p.untyped_storage().nbytes() == p.nbytes and not p.is_shared()
 
 
 def _take_arrays(_: Optimizer, state_dict: dict[str, Any]) -> None:

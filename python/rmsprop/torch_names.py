@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import profiler
-from torch.optim import optimizer
+from torch.optim import optimizer  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _python_dispatch
 
 _FILES = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib"}
