@@ -27,6 +27,10 @@ from torch_pairs import (
     snapshot,
 )
 
+# Most loops here have no step besides.
+SECOND = "step_in_backward. expected step.. or zero_grad.. between two backwards"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{SECOND}")
+
 form = pytest.mark.parametrize("form", [*FORMS.values(), OWN], ids=[*FORMS, "own"])
 
 
@@ -722,3 +726,26 @@ def test_torchs_own_way(momentum):
             assert net.inner.weight.grad is None
         results.append([p.detach() for p in net.parameters()])
     assert_close(results[1], results[0])
+
+
+def test_a_second_backward_without_a_step_warns_once():
+    """Adding up gradients, or clipping them, would do nothing of the kind."""
+    net = nn.Linear(3, 2)
+    opt = RMSprop(net.parameters(), lr=0.01)
+
+    def backward():
+        net(torch.ones(3)).sum().backward()
+
+    with opt.step_in_backward(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for between in (opt.step, opt.zero_grad, opt.step):
+            backward()
+            between()
+        backward()
+    with opt.step_in_backward(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            backward()
+    (only,) = caught
+    assert "between two backwards" in str(only.message)
+    assert opt.state[net.weight]["step"] == 7

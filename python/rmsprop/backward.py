@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class Handle:
 
     def __init__(self, opt: Steps) -> None:
         self._opt = weakref.ref(opt)
+        self._updates = 0
+        self._has_warned = False
         self._hooks: list[RemovableHandle] = []
         self.add(opt.param_groups, range(len(opt.param_groups)))
 
@@ -46,6 +49,23 @@ class Handle:
             _remove(hooks)
             raise
         self._hooks += hooks
+
+    def begin_update(self) -> None:
+        """Takes note of a `step` or `zero_grad`: the next backward is another update."""
+        self._updates += 1
+
+    def check_update(self, last: int) -> int:
+        """Warns, once, where a parameter was stepped in this update already; gives its number."""
+        if last == self._updates and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "step_in_backward: expected step() or zero_grad() between two backwards, got"
+                " none: each backward is an update, so gradients do not add up, and"
+                " clip_grad_norm_ finds none to clip",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self._updates
 
     def remove(self) -> None:
         """Leaves all parameters to ``step`` again; a second time does nothing."""
@@ -69,11 +89,12 @@ class _Hook:
     does not look there, so nothing would free an optimizer that was forgotten.
     """
 
-    __slots__ = ("opt", "place")
+    __slots__ = ("opt", "place", "update")
 
     def __init__(self, opt: weakref.ref[Steps], place: Place) -> None:
         self.opt = opt
         self.place = place
+        self.update = -1  # the last one in which it stepped
 
     def __call__(self, p: Tensor) -> None:
         if (opt := self.opt()) is None:
@@ -84,6 +105,9 @@ class _Hook:
         except LookupError:
             is_there = False
         if is_there or self._finds(p, opt.param_groups):
+            # None if another hook has ended it meanwhile; this one is still called.
+            if opt._in_backward is not None:
+                self.update = opt._in_backward.check_update(self.update)
             opt._step(self.place)
             p.grad = None
 

@@ -364,7 +364,10 @@ class RMSprop(Optimizer):
             or self._optimizer_step_post_hooks
             or torch_names.wants_wrapper()
             or self.found_inf is not None
+            or self._in_backward is not None
         ):
+            if self._in_backward is not None:
+                self._in_backward.begin_update()
             if type(self).step is not _step:
                 # torch has wrapped the step of a subclass, which called this one.
                 return self._update(*args, **kwargs)
@@ -375,6 +378,12 @@ class RMSprop(Optimizer):
         if found is not True:
             self._finish(found)
         return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets the gradients to None, or to zero; as in torch."""
+        if self._in_backward is not None:
+            self._in_backward.begin_update()
+        super().zero_grad(set_to_none)
 
     def step_in_backward(self) -> backward.Handle:
         """Steps each parameter inside the backward, as soon as its gradient is complete.
@@ -387,7 +396,8 @@ class RMSprop(Optimizer):
         have it on.
 
         ``step`` may stay where it is: schedulers look for it, and it steps what else has a
-        gradient. What is around it (step hooks, the range of the profiler, the ``step`` of a
+        gradient. A second backward without ``step`` or ``zero_grad`` in between warns, once,
+        for that is how gradients would be added up, or clipped. What is around it (step hooks, the range of the profiler, the ``step`` of a
         subclass) is not around steps in backward.
 
         Not for ``GradScaler`` and ``DistributedDataParallel``, which unscale and average
