@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTENSION := $(VENV)/.extension
 RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench old-cpus wheel clean
 
 demo: $(EXTENSION)
 	$(BIN)/python examples/digits.py
@@ -36,6 +36,16 @@ docs: $(VENV)/.test $(EXTENSION)
 bench: $(VENV)/.test $(EXTENSION)
 	cargo bench
 	$(BIN)/python benches/step.py
+
+# The same bits on processors of other years, under qemu (Debian's package qemu-user).
+old-cpus: $(EXTENSION)
+	$(BIN)/python tests/old_cpus.py
+
+# A wheel for every Linux on x86-64 of the last ten years: manylinux2014, linked by zig.
+wheel: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --group wheel
+	PATH="$(abspath $(BIN)):$$PATH" CARGO_TARGET_DIR=target/wheel $(BIN)/maturin build --release --zig \
+		--target x86_64-unknown-linux-gnu --compatibility manylinux2014 --out dist
 
 # The environment, in two parts: what the demo needs, and the many rivals and tools of the tests.
 $(VENV)/.demo: pyproject.toml
