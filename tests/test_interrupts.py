@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import rmsprop
 from problems import random_arrays, random_parameters, snapshot, train
 from rmsprop import RMSprop
 
@@ -76,6 +77,30 @@ def test_interrupted_at_any_line(load, options, contiguous):
             break
     assert number > 3
     assert snapshot(opt) == new
+
+
+def test_interrupted_load_of_a_file(tmp_path, contiguous):
+    """Parameters, state and options are all as before, or all as in the file."""
+    path = tmp_path / "run"
+    rmsprop.save(path, build(2, contiguous))
+    opt = build(1, contiguous)
+    old = snapshot(opt)
+    rmsprop.load(path, opt)
+    new = snapshot(opt)
+    number, seen = 0, {"old": 0, "new": 0}
+    while True:
+        number += 1
+        opt = build(1, contiguous)
+        try:
+            with InterruptAt(number):
+                rmsprop.load(path, opt)
+        except Interrupted:
+            found = snapshot(opt)
+            assert found in (old, new)
+            seen["old" if found == old else "new"] += 1
+        else:
+            break
+    assert min(seen.values()) > 0
 
 
 CTRL_C = """

@@ -101,8 +101,7 @@ def load(path: str | os.PathLike[str], opt: RMSprop) -> dict[str, str]:
     """
     safetensors = _safetensors("load")
     _check_optimizer("load", opt)
-    with open(path, "rb"):  # so that what is missing is an OSError
-        pass
+    os.stat(path)  # so that what is missing is an OSError
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             notes = dict(file.metadata() or {})
@@ -136,7 +135,7 @@ def load(path: str | os.PathLike[str], opt: RMSprop) -> dict[str, str]:
             state[labels[label]][role] = int(value) if role == "step" else value
     loaded = opt._checked_state_dict({"state": state, "param_groups": groups})
     destinations = _parameters(opt)
-    writes = []
+    written = []
     for label, index in labels.items():
         place = loaded.places[index]
         array = as_ndarray(destinations[place])
@@ -149,10 +148,8 @@ def load(path: str | os.PathLike[str], opt: RMSprop) -> dict[str, str]:
                 f"parameter {place} ({label!r} in {os.fspath(path)}): expected"
                 f" {array.dtype} of shape {array.shape}, got {got}"
             )
-        writes.append((array, found))
-    opt._take(loaded)
-    for array, found in writes:
-        array[...] = found
+        written.append((array, found))
+    opt._take(loaded, written)
     return notes
 
 

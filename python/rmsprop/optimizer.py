@@ -424,9 +424,13 @@ class RMSprop(_core.Optimizer):
         }
         return _Loaded(places, groups, entries)
 
-    def _take(self, loaded: _Loaded) -> None:
+    def _take(
+        self,
+        loaded: _Loaded,
+        written: Iterable[tuple[np.ndarray, np.ndarray]] = (),
+    ) -> None:
         entries = {index: loaded.entries.get(index, {}) for index in self.state}
-        restore(self, entries, loaded.groups)
+        restore(self, entries, loaded.groups, written)
 
     def _by_name(
         self, places: dict[Any, int], saved_groups: list[Mapping[str, Any]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -132,10 +132,12 @@ def restore(
     optimizer: _core.Optimizer,
     entries: Mapping[int, Mapping[str, Any]],
     options: list[dict[str, Any]] | None = None,
+    written: Iterable[tuple[np.ndarray, np.ndarray]] = (),
 ) -> None:
     """Takes checked entries whole, all at once: what they lack goes back to its start.
 
-    The options are merged into those of the groups before.
+    The options are merged into those of the groups before, and the first of each two arrays
+    that are ``written`` becomes a copy of the second.
     """
     whole = []
     for index, entry in entries.items():
@@ -144,7 +146,7 @@ def restore(
         keys = ParameterState(optimizer, index)
         starts = {key: start if key == "square_avg" else 0 for key in keys}
         whole.append((index, {**starts, **entry}))
-    optimizer._restore(whole, options)
+    optimizer._restore(whole, options, list(written))
 
 
 def copied(value: Any) -> Any:

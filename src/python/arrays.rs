@@ -263,17 +263,19 @@ impl Optimizer {
     /// Gives the state of parameters other values, all at once: for each of the given ones a mapping
     /// from "step" and the names of arrays to an int and to arrays that fit, or a number for all
     /// elements. Arrays that are not there are created; those that are not named are left alone. The
-    /// dicts of all groups are updated with `options` as well, if given.
-    #[pyo3(signature = (entries, options = None))]
+    /// dicts of all groups are updated with `options` as well, if given, and `written`, pairs of
+    /// arrays, are copied from the second to the first.
+    #[pyo3(signature = (entries, options = None, written = Vec::new()))]
     fn _restore(
         &self,
         py: Python<'_>,
         entries: Vec<(usize, Bound<'_, PyDict>)>,
         options: Option<Vec<Bound<'_, PyDict>>>,
+        written: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<()> {
         let dicts = self.groups(py);
         let mut contents = self.contents.wait(py)?;
-        contents.restore(py, &entries, &dicts, options.as_deref())
+        contents.restore(py, &entries, &dicts, options.as_deref(), written)
     }
 
     /// How often a parameter was updated.
@@ -761,6 +763,7 @@ impl ArraySession {
         entries: &[(usize, Bound<'_, PyDict>)],
         dicts: &Bound<'_, PyList>,
         options: Option<&[Bound<'_, PyDict>]>,
+        written: Vec<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<()> {
         // All that can fail first: reading what is given, and making room.
         let mut values = Vec::new();
@@ -790,7 +793,7 @@ impl ArraySession {
                 self.set_state(index, place, key, Some(buffer));
             }
         }
-        let mut pairs = Vec::new();
+        let mut pairs = written;
         for (index, key, value) in values {
             pairs.push((self.state_array(py, index, key)?, value));
         }
