@@ -257,14 +257,17 @@ def keras_run(**options):
     return run
 
 
-def test_keras_weights_file(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"centered": True}], ids=str
+)
+def test_keras_weights_file(tmp_path, options):
     """Variables without paths, as `.weights.h5` has them."""
     import h5py
     import keras
 
     layers = [keras.layers.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)]
     model = keras.Sequential(layers)
-    model.compile(keras.optimizers.RMSprop(0.01, momentum=0.9), "mse")
+    model.compile(keras.optimizers.RMSprop(0.01, **options), "mse")
     model.fit(np.ones((8, 3)), np.ones((8, 2)), verbose=0)
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
@@ -320,6 +323,8 @@ def test_keras_variables_of_another_optimizer():
     adam.build(variables)
     with pytest.raises(ValueError, match="expected variables of"):
         convert.from_keras(adam.variables, {})
+    with pytest.raises(ValueError, match="expected the variables of an optimizer"):
+        convert.from_keras([], {})
     run = keras_run()
     with pytest.raises(ValueError, match="as many arrays of each kind"):
         convert.from_keras(run.opt.variables, {"momentum": 0.9})

@@ -177,6 +177,8 @@ def from_keras(
     known = _PEERS["keras"].options
     options = _options("keras", {k: v for k, v in config.items() if k in known})
     items = _keras_items(variables)
+    if not items:
+        raise ValueError("keras: expected the variables of an optimizer, got none")
     roles = {"square_avg": "velocity"}
     if options["momentum"]:
         roles["momentum_buffer"] = "momentum"
@@ -187,7 +189,9 @@ def from_keras(
     if all(path.isdigit() for path, _ in items):
         values = [value for _, value in sorted(items, key=lambda item: int(item[0]))]
         step, rest = int(_array(values[0])), values[1:]
-        if len(rest) % len(roles) == 1:  # absent where the learning rate is a schedule
+        lr = np.float32(options.get("lr", np.nan))
+        # It is there unless the learning rate is a schedule.
+        if rest and np.shape(rest[0]) == () and np.float32(rest[0]) == lr:
             rest = rest[1:]
         count = len(rest) // len(roles)
         for place, role in enumerate(arrays):
@@ -219,7 +223,7 @@ def to_keras(state_dict: Mapping[str, Any], variables: Iterable[Any]) -> list[An
     Raises:
         ValueError: for another rule, or variables that do not fit.
     """
-    (lr,) = {group["lr"] for group in _groups("keras", state_dict)}
+    lr = arguments("keras", state_dict)["learning_rate"]
     entries = _entries(state_dict)
     ours = _PEERS["keras"].state
     taken = dict.fromkeys(ours, 0)
