@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTENSION := $(VENV)/.extension
 RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
 
-.PHONY: demo test lint docs bench old-cpus wheel clean
+.PHONY: demo test lint lint-rust lint-python docs bench old-cpus wheel clean
 
 demo: $(EXTENSION)
 	$(BIN)/python examples/digits.py
@@ -15,12 +15,16 @@ test: $(VENV)/.test $(EXTENSION)
 	cargo test --release --quiet --no-default-features
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.test $(EXTENSION)
+lint: lint-rust lint-python
+
+lint-rust:
 	cargo fmt --check
 	cargo clippy --quiet --all-targets --features python -- -D warnings
 	cargo clippy --quiet --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --features python --document-private-items
+
+lint-python: $(VENV)/.test $(EXTENSION)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
