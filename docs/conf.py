@@ -9,10 +9,8 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = "rmsprop"
-html_static_path: list[str] = []
 html_extra_path = [
     f"{picture}-{theme}.svg"
     for picture in ("speed", "step", "dialects")
     for theme in ("light", "dark")
 ]
-nitpicky = False

@@ -29,7 +29,13 @@ BEFORE, AFTER = 4, 10
 # --- the frameworks ---------------------------------------------------------------------------
 
 
-class Keras:
+class Live:
+    @classmethod
+    def of(cls, params, state_dict):
+        return cls(params, convert.arguments(cls.__name__.lower(), state_dict))
+
+
+class Keras(Live):
     ulps = 1
     options = (
         {},
@@ -60,12 +66,8 @@ class Keras:
         for variable, value in zip(self.opt.variables, values, strict=True):
             variable.assign(value)
 
-    @classmethod
-    def of(cls, params, state_dict):
-        return cls(params, convert.arguments("keras", state_dict))
 
-
-class Optax:
+class Optax(Live):
     ulps = 2
     options = (
         {},
@@ -102,12 +104,8 @@ class Optax:
     def arrive(self, state_dict):
         self.state = convert.to_optax(state_dict, self.state)
 
-    @classmethod
-    def of(cls, params, state_dict):
-        return cls(params, convert.arguments("optax", state_dict))
 
-
-class Timm:
+class Timm(Live):
     ulps = 1
     options = (
         {},
@@ -135,10 +133,6 @@ class Timm:
 
     def arrive(self, state_dict):
         self.opt.load_state_dict(convert.to_timm(state_dict, array=torch.from_numpy))
-
-    @classmethod
-    def of(cls, params, state_dict):
-        return cls(params, convert.arguments("timm", state_dict))
 
 
 class Ours:

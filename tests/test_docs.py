@@ -24,7 +24,7 @@ CODE = {page: len(BLOCK.findall(page.read_text())) for page in PAGES}
 @pytest.mark.parametrize(
     "page", [p for p, n in CODE.items() if n], ids=lambda page: page.stem
 )
-def test_code_runs(page, tmp_path, monkeypatch, record_property):
+def test_code_runs(page, tmp_path, monkeypatch):
     """All of a page, top to bottom, as a reader would type it."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
@@ -33,7 +33,6 @@ def test_code_runs(page, tmp_path, monkeypatch, record_property):
         line = text.count("\n", 0, match.start(1))
         tree = ast.parse("\n" * line + match[1], str(page))
         exec(compile(tree, str(page), "exec"), names)  # noqa: S102
-    record_property("blocks", CODE[page])
 
 
 def test_number_of_blocks(capsys):

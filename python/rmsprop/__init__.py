@@ -21,6 +21,7 @@ that is depends on the options alone: :func:`dialect`.
 import sys
 from contextlib import suppress
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 try:
     from rmsprop._core import __version__, info
@@ -28,9 +29,11 @@ except ImportError as _error:
     if sys.argv[:1] == ["-m"] and "rmsprop" in sys.orig_argv:  # a command, no program
         sys.exit(f"python -m rmsprop: {_error}")
     raise
-from rmsprop.checkpoint import load, save
 from rmsprop.optimizer import RMSprop, dialect
 from rmsprop.parameter import Parameter
+
+if TYPE_CHECKING:
+    from rmsprop.checkpoint import load, save
 
 with suppress(ImportError):  # where threadpoolctl is installed, it knows of our threads
     import_module("rmsprop.threadpool")
@@ -40,6 +43,8 @@ def __getattr__(name: str) -> object:
     # Importing torch takes seconds, so it waits until it is asked for.
     if name in ("convert", "torch"):
         return import_module(f"rmsprop.{name}")
+    if name in ("load", "save"):  # json takes as long to import as all the rest of ours
+        return getattr(import_module("rmsprop.checkpoint"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -198,7 +197,7 @@ def _as_json(groups: list[dict[str, Any]]) -> str:
 def _replace(path: str | os.PathLike[str], data: bytes) -> None:
     """Makes that the content of a file, at once."""
     folder, name = os.path.split(os.path.realpath(path))
-    new = os.path.join(folder, f".{name}.{secrets.token_hex(4)}")
+    new = os.path.join(folder, f".{name}.{os.urandom(4).hex()}")
     try:
         with open(new, "xb") as file:
             file.write(data)

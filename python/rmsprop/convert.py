@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rmsprop import _core
+from rmsprop.optimizer import names_in
 
 __all__ = [
     "arguments",
@@ -179,11 +180,8 @@ def from_keras(
     items = _keras_items(variables)
     if not items:
         raise ValueError("keras: expected the variables of an optimizer, got none")
-    roles = {"square_avg": "velocity"}
-    if options["momentum"]:
-        roles["momentum_buffer"] = "momentum"
-    if options["centered"]:
-        roles["grad_avg"] = "average_gradient"
+    used = _state_in_use(options)
+    roles = {v: k for k, v in _PEERS["keras"].state.items() if v in used}
     arrays: dict[str, list[Any]] = {role: [] for role in roles.values()}
     step = 0
     if all(path.isdigit() for path, _ in items):
@@ -259,22 +257,16 @@ def from_optax(opt_state: Any, **hyperparameters: Any) -> StateDict:
         TypeError: for an unknown hyperparameter.
         ValueError: for the state of something else, such as a chain with clipping in it.
     """
-    found = _OptaxState()
-    found.walk(opt_state)
+    found = _OptaxState.of(opt_state)
     given = {**found.hyperparameters, **hyperparameters}
     options = _options("optax", given)
-    if found.nu is None:
-        raise ValueError(
-            "optax: expected the state of optax.rmsprop, got none with the field nu"
-        )
     names, nu = _flatten(found.nu)
     state = {"square_avg": nu}
-    for key, tree, is_used in (
-        ("grad_avg", found.mu, options["centered"]),
-        ("momentum_buffer", found.trace, options["momentum"] > 0),
+    for key, option, tree in (
+        ("grad_avg", "centered", found.mu),
+        ("momentum_buffer", "momentum", found.trace),
     ):
-        if is_used != (tree is not None):
-            option = "centered" if key == "grad_avg" else "momentum"
+        if (key in _state_in_use(options)) != (tree is not None):
             raise ValueError(
                 f"optax: expected {option}={options[option]} as the state was made"
                 f" with, got one with{'out' if tree is None else ''} its array"
@@ -300,13 +292,8 @@ def to_optax(state_dict: Mapping[str, Any], opt_state: Any) -> Any:
     """
     _groups("optax", state_dict)
     entries = _entries(state_dict)
-    names = _names(state_dict)
-    found = _OptaxState()
-    found.walk(opt_state)
-    if found.nu is None:
-        raise ValueError(
-            "optax: expected the state of optax.rmsprop, got none with the field nu"
-        )
+    names = names_in(state_dict["param_groups"])
+    found = _OptaxState.of(opt_state)
     paths, _ = _flatten(found.nu)
     _check_count("optax", len(paths), len(entries))
     if names is not None:
@@ -356,8 +343,8 @@ def from_tf1(
     names, theirs = _both_names(variables)
     state: dict[str, list[Any]] = {}
     for place, key in enumerate(_tf1_slots(options)):
-        if key == "momentum_buffer" and not options["momentum"]:
-            continue  # The last step, which nothing reads.
+        if key not in _state_in_use(options):
+            continue  # A buffer without momentum: the last step, which nothing reads.
         suffix = f"/{name}_{place}" if place else f"/{name}"
         state[key] = [
             _found("tf1", checkpoint, variable + suffix) for variable in theirs
@@ -384,10 +371,9 @@ def to_tf1(
     for variable, entry in zip(theirs, entries):
         for place, key in enumerate(_tf1_slots(group)):
             suffix = f"/{name}_{place}" if place else f"/{name}"
-            is_used = key != "momentum_buffer" or group["momentum"] > 0
             slots[variable + suffix] = (
                 _value(entry, key, variable)
-                if is_used
+                if key in _state_in_use(group)
                 else np.zeros_like(_array(_value(entry, "square_avg", variable)))
             )
     return slots
@@ -476,11 +462,7 @@ def from_paddle(
             by_name[f"{match[1]}_{match[2]}"] = value
     state: dict[str, list[Any]] = {}
     for role, key in _PEERS["paddle"].state.items():
-        is_used = {
-            "momentum_buffer": options["momentum"] > 0,
-            "grad_avg": options["centered"],
-        }
-        if is_used.get(key, True):
+        if key in _state_in_use(options):
             state[key] = [_found("paddle", by_name, f"{p}_{role}") for p in theirs]
     return _state_dict("paddle", options, state, 0, names)
 
@@ -596,6 +578,16 @@ def _state_dict(
     return {"state": entries, "param_groups": [group]}
 
 
+def _state_in_use(options: Mapping[str, Any]) -> set[str]:
+    """The keys of the arrays that a step with these options reads."""
+    is_used = {
+        "square_avg": True,
+        "grad_avg": options["centered"],
+        "momentum_buffer": options["momentum"] > 0,
+    }
+    return {key for key, used in is_used.items() if used}
+
+
 def _array(value: Any) -> np.ndarray:
     """A NumPy array of any framework's array in host memory."""
     if hasattr(value, "detach"):
@@ -610,14 +602,6 @@ def _entries(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     state = state_dict["state"]
     groups = state_dict["param_groups"]
     return [state.get(number, {}) for group in groups for number in group["params"]]
-
-
-def _names(state_dict: Mapping[str, Any]) -> list[str] | None:
-    """The names of all parameters, None if some have none."""
-    groups = state_dict["param_groups"]
-    if not all("param_names" in group for group in groups if group["params"]):
-        return None
-    return [name for group in groups for name in group.get("param_names", ())]
 
 
 def _value(entry: Mapping[str, Any], key: str, name: str) -> Any:
@@ -665,7 +649,7 @@ def _named_entries(
     ours, theirs = _both_names(names)
     _check_count(name, len(theirs), len(entries))
     if ours is not None:
-        own = _names(state_dict)
+        own = names_in(state_dict["param_groups"])
         if own is None or set(own) != set(ours):
             raise ValueError(f"{name}: expected names for {own}, got them for {ours}")
         entries = [entries[own.index(key)] for key in ours]
@@ -772,6 +756,16 @@ class _OptaxState:
         self.trace: Any = None
         self.count: int | None = None
         self.hyperparameters: dict[str, Any] = {}
+
+    @staticmethod
+    def of(opt_state: Any) -> _OptaxState:
+        found = _OptaxState()
+        found.walk(opt_state)
+        if found.nu is None:
+            raise ValueError(
+                "optax: expected the state of optax.rmsprop, got none with the field nu"
+            )
+        return found
 
     def walk(self, state: Any) -> None:
         fields = getattr(state, "_fields", None)

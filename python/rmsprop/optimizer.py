@@ -436,8 +436,8 @@ class RMSprop(_core.Optimizer):
         self, places: dict[Any, int], saved_groups: list[Mapping[str, Any]]
     ) -> dict[Any, int]:
         """Where the parameters of a checkpoint go if both sides have names for all."""
-        own = _names_in(self.param_groups)
-        saved = _names_in(saved_groups)
+        own = names_in(self.param_groups)
+        saved = names_in(saved_groups)
         if own is None or saved is None or len(saved) != len(places):
             return places
         if set(own) != set(saved):
@@ -607,7 +607,7 @@ def _is_parameter(item: Any) -> bool:
     return False
 
 
-def _names_in(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
+def names_in(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
     """The names of all parameters, or None if some have none."""
     names: list[str] = []
     for group in groups:

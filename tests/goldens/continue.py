@@ -11,6 +11,7 @@ file says what to install for each framework; rmsprop must be importable as well
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    import tempfile
-
     for index, options in enumerate(OPTIONS[arguments.peer], start=1):
         with tempfile.TemporaryDirectory() as folder:
             new = record(arguments.peer, options, Path(folder))
