@@ -11,7 +11,9 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512::HasAvx512;
-use super::rule::{Momentum, Real, Rule, Slices};
+#[cfg(target_arch = "x86_64")]
+use super::rule::Momentum;
+use super::rule::{Real, Rule, Slices};
 use super::{norm, update};
 use crate::error::Error;
 

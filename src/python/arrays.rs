@@ -22,7 +22,7 @@ use super::row;
 use super::source::{LentSource, Source, has_changed};
 use super::step::{self, Crew};
 use super::turn::Turns;
-use super::view::{Lent, Quiet, Refusal, WANTED};
+use super::view::{Items, Lent, Quiet, Refusal, WANTED};
 use crate::error::Error;
 use crate::kernel::batch::{Batch, Piece, Work};
 use crate::kernel::isa::isa;
@@ -640,7 +640,7 @@ impl ArraySession {
         step::run(py, &crew, &options.clipping, None, |quiet| {
             let mut check = ArrayCheck {
                 quiet,
-                items: items.map(|items| Lent::of(quiet, items)),
+                items: items.and_then(|items| Lent::of(quiet, items).items(quiet)),
                 gradients,
                 groups,
                 params,
@@ -928,7 +928,7 @@ fn state_extents(groups: &[Group]) -> Vec<(String, Extent)> {
 struct ArrayCheck<'x> {
     quiet: &'x Quiet<'x>,
     /// The list or tuple of gradients, where they are read; without, those that were taken are used.
-    items: Option<Lent<'x>>,
+    items: Option<Items<'x>>,
     gradients: &'x [Option<Source>],
     groups: &'x [Group],
     params: &'x mut [Param],
@@ -978,7 +978,7 @@ impl<'x> ArrayCheck<'x> {
             let source = self.gradients[index].as_ref();
             return Ok(source.map(|source| source.lend(self.quiet)));
         };
-        let item = items.item(self.quiet, index).ok_or(Refused::Collect)?;
+        let item = items.get(index).ok_or(Refused::Collect)?;
         match item.exact_array(self.quiet) {
             Some(array) => Ok(Some(LentSource::Array(array))),
             None if item.is_none(self.quiet) => Ok(None),
@@ -994,8 +994,7 @@ impl<'x> ArrayCheck<'x> {
             let gradient = self.gradient(index)?;
             let param = &mut self.params[index];
             self.stepped[index] = gradient.is_some();
-            param.source.follow(self.quiet, self.held);
-            let mark = param.unchanged(self.quiet);
+            let mark = param.unchanged(self.quiet, self.held);
             if mark.is_none() {
                 let has_moved = param
                     .recheck(self.quiet, gradient.is_some())

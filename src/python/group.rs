@@ -59,6 +59,15 @@ pub(crate) struct Flat {
 pub(crate) type NewState = Vec<(usize, StateKey, Buffer)>;
 
 impl Bucket {
+    /// The optimizer's own arrays that its parameters and their state lie in.
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        let [v, m, b] = self.state.each_ref().map(Option::as_ref);
+        let flat = self.flat.as_ref();
+        let data = flat.map(|flat| &flat.data);
+        let grad = flat.and_then(|flat| flat.grad.as_ref());
+        [v, m, b, data, grad].into_iter().flatten()
+    }
+
     /// The parameters of a type among those of a group, which are told where their state begins;
     /// None if there are none. `start` is the index of the group's first parameter.
     fn new(dtype: DType, start: usize, params: &mut [Param], is_contiguous: bool) -> Option<Self> {
@@ -171,20 +180,11 @@ impl Group {
         }
     }
 
-    /// Everything of its own that parameters and state lie in.
-    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
-        self.buckets.iter().flat_map(|bucket| {
-            let flat = bucket.flat.iter();
-            let flat = flat.flat_map(|flat| std::iter::once(&flat.data).chain(&flat.grad));
-            bucket.state.iter().flatten().chain(flat)
-        })
-    }
-
     /// For the garbage collector.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         self.options.traverse(visit)?;
-        self.buffers()
-            .try_for_each(|buffer| visit.call(&buffer.owner))
+        let mut buffers = self.buckets.iter().flat_map(Bucket::buffers);
+        buffers.try_for_each(|buffer| visit.call(&buffer.owner))
     }
 
     /// Whether a step can take the parameters and gradients as flat buffers.
@@ -198,7 +198,8 @@ impl Group {
     /// Whether nobody has pulled the memory away: a view's `base` is within a user's reach.
     #[inline]
     pub fn has_its_memory(&self, quiet: &Quiet<'_>) -> bool {
-        self.buffers().all(|buffer| buffer.is_current(quiet))
+        let is_whole = |bucket: &Bucket| bucket.buffers().all(|buffer| buffer.is_current(quiet));
+        self.buckets.iter().all(is_whole)
     }
 
     /// The names and places of its state buffers, for the search for overlaps.

@@ -11,7 +11,7 @@ use super::overlap::{Extent, Written};
 use super::parameter::Parameter;
 use super::source::{LentSource, Source};
 use super::view::{
-    Access, Element, Failure, LentArray, Mark, Quiet, Refusal, View, WANTED, c_strides,
+    Access, Element, Failure, Header, LentArray, Mark, Quiet, Refusal, View, WANTED, c_strides,
     describe_array, is_equal,
 };
 use crate::kernel::{DType, Role};
@@ -50,6 +50,13 @@ struct Seen {
     extent: Extent,
     /// Dense and walked like its state.
     is_like_state: bool,
+}
+
+impl Seen {
+    fn has_strides(&self, strides: &[i64]) -> bool {
+        let seen = self.extent.dims.iter().map(|dim| dim.1 as i64);
+        seen.eq(strides.iter().copied())
+    }
 }
 
 impl Param {
@@ -114,21 +121,16 @@ impl Param {
         describe_array(Element::real(self.dtype).name(), &self.shape)
     }
 
-    /// What the header of the parameter's array says, if that is what it said when it was last
-    /// checked.
+    /// What the header of the array that the parameter has now says, if that is what it said when it
+    /// was last checked. One that it had before goes to `retired`.
     #[inline]
-    pub fn unchanged(&self, quiet: &Quiet<'_>) -> Option<Mark> {
-        let header = self.source.lend(quiet).header()?;
+    pub fn unchanged(&mut self, quiet: &Quiet<'_>, retired: &mut Vec<Py<PyAny>>) -> Option<Mark> {
+        let header = Header::of(self.source.follow(quiet, retired)?);
         let mark = header.mark();
         let is_it = self.seen.mark == Some(mark)
             && is_equal(header.shape, &self.shape)
-            && (mark.is_contiguous_like(mark) || self.has_strides(header.strides));
+            && (mark.is_contiguous_like(mark) || self.seen.has_strides(header.strides));
         is_it.then_some(mark)
-    }
-
-    fn has_strides(&self, strides: &[i64]) -> bool {
-        let seen = self.seen.extent.dims.iter().map(|dim| dim.1 as i64);
-        seen.eq(strides.iter().copied())
     }
 
     /// Takes note of what a parameter that changed is now. True if it has moved.

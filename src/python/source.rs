@@ -131,18 +131,28 @@ impl Source {
         Ok(())
     }
 
-    /// Takes the array that a [`Parameter`] has now; the one that it had goes to `retired`, for
-    /// dropping it may run Python code.
+    /// The array that it is, or that a [`Parameter`] has now; None if it is no array. One that the
+    /// parameter had before goes to `retired`, for dropping it may run Python code.
     #[inline(always)]
-    pub fn follow(&mut self, quiet: &Quiet<'_>, retired: &mut Vec<Py<PyAny>>) {
-        if let Source::Parameter(parameter, data, version) = self
-            && parameter.get().version() != *version
-        {
-            let now = parameter.get().data_and_version(quiet.py());
-            let old = std::mem::replace(data, now.0.unbind());
-            *version = now.1;
-            retired.push(old.into_any());
-        }
+    pub fn follow<'q>(
+        &'q mut self,
+        quiet: &'q Quiet<'_>,
+        retired: &mut Vec<Py<PyAny>>,
+    ) -> Option<LentArray<'q>> {
+        let array = match self {
+            Source::Array(array) => array,
+            Source::Parameter(parameter, array, version) => {
+                if parameter.get().version() != *version {
+                    let now = parameter.get().data_and_version(quiet.py());
+                    let old = std::mem::replace(array, now.0.unbind());
+                    *version = now.1;
+                    retired.push(old.into_any());
+                }
+                array
+            }
+            Source::Exchange(_) | Source::Capsule(_) => return None,
+        };
+        Some(LentArray::of(quiet, array))
     }
 
     /// Lends what its memory is read from.

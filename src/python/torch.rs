@@ -25,7 +25,7 @@ use super::source::has_changed;
 use super::step::{self, Crew};
 use super::torch_library::Torch;
 use super::turn::Turns;
-use super::view::{Entries, Lent, Quiet, Refusal, View};
+use super::view::{Entries, Items, Lent, Quiet, Refusal, View};
 use crate::config::Config;
 use crate::kernel::batch::{Batch, Work};
 use crate::kernel::isa::isa;
@@ -241,11 +241,13 @@ impl Stepper {
         }
         let row = row.as_unbound();
         Ok(Quiet::during(py, |quiet| {
-            let entry = Entry::of_tuple(quiet, Lent::of(quiet, row));
-            let item = |k| Lent::of(quiet, row).item(quiet, k);
-            let (Some(p), Some(g)) = (item(0), item(1)) else {
+            let items = Lent::of(quiet, row).items(quiet);
+            let Some((items, p, g)) =
+                items.and_then(|items| Some((items, items.get(0)?, items.get(1)?)))
+            else {
                 return false;
             };
+            let entry = Entry::of_items(quiet, items);
             let read = |role| torch.view(quiet, entry.tensor([p, g], role)?);
             let row = row::check(Role::used(&config), read);
             entry.count(quiet, torch).is_some() && row.is_ok()
@@ -534,7 +536,10 @@ impl<'x> TensorCheck<'x> {
                 let entry = match &pair.state {
                     StateAt::Next => walk.find(quiet, Lent::of(quiet, &pair.p), config),
                     StateAt::Entry(entry) => Entry::of_dict(quiet, Lent::of(quiet, entry), config),
-                    StateAt::Tuple(tuple) => Some(Entry::of_tuple(quiet, Lent::of(quiet, tuple))),
+                    StateAt::Tuple(tuple) => {
+                        let items = Lent::of(quiet, tuple).items(quiet);
+                        items.map(|items| Entry::of_items(quiet, items))
+                    }
                 };
                 steps.extend(entry.and_then(|entry| entry.step));
                 self.pair(quiet, &mut work, k, entry, (config, uses), &mut rules);
@@ -666,9 +671,9 @@ impl<'q> Entry<'q> {
         Some(entry)
     }
 
-    /// From a tuple (p, g, square_avg, grad_avg, momentum_buffer, step).
-    fn of_tuple(quiet: &'q Quiet<'_>, tuple: Lent<'q>) -> Self {
-        let item = |k| tuple.item(quiet, k).filter(|item| !item.is_none(quiet));
+    /// From p, g, square_avg, grad_avg, momentum_buffer, step.
+    fn of_items(quiet: &'q Quiet<'_>, items: Items<'q>) -> Self {
+        let item = |k| items.get(k).filter(|item| !item.is_none(quiet));
         Entry {
             arrays: [item(2), item(3), item(4)],
             step: item(5),

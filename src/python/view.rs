@@ -124,25 +124,25 @@ impl<'q> Lent<'q> {
         })
     }
 
-    /// The item of a list or tuple; None if there is none, or it is neither.
+    /// The items of a list or tuple; None if it is neither.
     #[inline]
     #[allow(unsafe_code)]
-    pub fn item(self, _: &'q Quiet<'_>, index: usize) -> Option<Self> {
-        let (items, index) = (self.as_ptr(), index as ffi::Py_ssize_t);
-        // SAFETY: it is held, and is what is asked for; the index is checked. A list or tuple holds
-        // its items.
-        let item = unsafe {
-            if ffi::PyList_Check(items) != 0 && index < ffi::PyList_Size(items) {
-                ffi::PyList_GetItem(items, index)
-            } else if ffi::PyTuple_Check(items) != 0 && index < ffi::PyTuple_Size(items) {
-                ffi::PyTuple_GetItem(items, index)
+    pub fn items(self, _: &'q Quiet<'_>) -> Option<Items<'q>> {
+        let object = self.as_ptr();
+        // SAFETY: it is held, and is what is asked for.
+        let (is_list, len) = unsafe {
+            if ffi::PyList_Check(object) != 0 {
+                (true, ffi::PyList_Size(object))
+            } else if ffi::PyTuple_Check(object) != 0 {
+                (false, ffi::PyTuple_Size(object))
             } else {
                 return None;
             }
         };
-        Some(Lent {
-            object: NonNull::new(item)?,
-            quiet: PhantomData,
+        Some(Items {
+            object: self,
+            is_list,
+            len: len as usize,
         })
     }
 
@@ -170,6 +170,39 @@ impl<'q> Lent<'q> {
     }
 }
 
+/// [`Lent::items`].
+#[derive(Clone, Copy)]
+pub(crate) struct Items<'q> {
+    object: Lent<'q>,
+    /// A tuple otherwise.
+    is_list: bool,
+    len: usize,
+}
+
+impl<'q> Items<'q> {
+    /// The item of that index; None if there is none.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub fn get(&self, index: usize) -> Option<Lent<'q>> {
+        if index >= self.len {
+            return None;
+        }
+        let (object, index) = (self.object.as_ptr(), index as ffi::Py_ssize_t);
+        // SAFETY: this is a list or a tuple that has such an item, which it holds: nobody changes it
+        // while no Python code runs.
+        let item = unsafe {
+            match self.is_list {
+                true => ffi::PyList_GetItem(object, index),
+                false => ffi::PyTuple_GetItem(object, index),
+            }
+        };
+        Some(Lent {
+            object: NonNull::new(item)?,
+            quiet: PhantomData,
+        })
+    }
+}
+
 /// [`Lent::entries`].
 pub(crate) struct Entries<'q> {
     dict: Lent<'q>,
@@ -187,9 +220,9 @@ impl<'q> Iterator for Entries<'q> {
         // SAFETY: this is a dict, which nobody changes while no Python code runs, and which holds
         // what it has.
         let found = unsafe { ffi::PyDict_Next(dict, position, &mut key, &mut value) };
-        let (key, value) = (NonNull::new(key)?, NonNull::new(value)?);
         let lent = |object| Lent {
-            object,
+            // SAFETY: an entry that was found has a key and a value.
+            object: unsafe { NonNull::new_unchecked(object) },
             quiet: PhantomData,
         };
         (found != 0).then(|| (lent(key), lent(value)))
