@@ -54,6 +54,17 @@ pub struct Config {
     /// `weight_decay` shrinks the parameter by `lr * weight_decay` instead of adding to the
     /// gradient.
     pub decoupled_weight_decay: bool,
+    /// Decays only where the update moves the parameter towards zero as well (arXiv:2510.12402).
+    /// Needs `decoupled_weight_decay`.
+    pub cautious_weight_decay: bool,
+    /// Decays by `lr * lr / initial_lr * weight_decay`, so that decay follows a schedule as steps do
+    /// (timm). Needs `decoupled_weight_decay`.
+    pub corrected_weight_decay: bool,
+    /// What `lr` was at first, for `corrected_weight_decay`: `None` for the `lr` of now, which 0 counts
+    /// as too. Finite and >= 0.
+    pub initial_lr: Option<f64>,
+    /// Keeps parameters from `-clip_weights` to `clip_weights` after the update. > 0.
+    pub clip_weights: Option<f64>,
     /// Climbs instead of descending.
     pub maximize: bool,
 }
@@ -72,9 +83,8 @@ impl Config {
     /// wanted.
     pub fn validate(&self) -> Result<(), Error> {
         let mut config = self.clone();
-        OPTIONS
-            .iter()
-            .try_for_each(|option| option.check(&mut config))
+        let mut options = OPTIONS.iter().chain([&INITIAL_LR]);
+        options.try_for_each(|option| option.check(&mut config))
     }
 }
 
@@ -86,7 +96,8 @@ impl Config {
             || self.lr_in_momentum
             || self.nesterov
             || self.bias_correction
-            || self.decoupled_weight_decay)
+            || self.decoupled_weight_decay
+            || self.clip_weights.is_some())
     }
 }
 
@@ -106,26 +117,49 @@ pub(crate) struct GroupOption {
 #[derive(Clone, Copy)]
 pub(crate) enum Field {
     Number(fn(&mut Config) -> &mut f64, Range),
-    Flag(fn(&mut Config) -> &mut bool),
+    /// A number, or none.
+    Optional(fn(&mut Config) -> &mut Option<f64>, Range),
+    Flag(fn(&mut Config) -> &mut bool, Flag),
 }
 
 /// What a number may be.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Range {
     NotNegative,
+    Positive,
     Fraction,
+}
+
+/// When a flag may be on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flag {
+    Always,
+    Decoupled,
 }
 
 impl GroupOption {
     /// Checks the range.
     pub fn check(&self, config: &mut Config) -> Result<(), Error> {
-        let Field::Number(field, range) = self.field else {
-            return Ok(());
+        let (found, range) = match self.field {
+            Field::Number(field, range) => (*field(config), range),
+            Field::Optional(field, range) => match *field(config) {
+                Some(found) => (found, range),
+                None => return Ok(()),
+            },
+            Field::Flag(field, flag) => {
+                let is_on = *field(config);
+                let is_right = !is_on || flag == Flag::Always || config.decoupled_weight_decay;
+                return is_right.then_some(()).ok_or(Error::Hyperparameter {
+                    key: self.name,
+                    expected: "False without decoupled_weight_decay",
+                    found: 1.0,
+                });
+            }
         };
-        let found = *field(config);
         let is_certain = range == Range::Fraction && config.bias_correction && found == 1.0;
         let expected = match range {
             Range::NotNegative if !(found >= 0.0 && found.is_finite()) => "a finite number >= 0",
+            Range::Positive if found.is_nan() || found <= 0.0 => "a number > 0",
             Range::Fraction if !(0.0..=1.0).contains(&found) => "a number from 0 to 1",
             Range::Fraction if is_certain => "a number < 1 with bias_correction",
             _ => return Ok(()),
@@ -140,11 +174,11 @@ impl GroupOption {
 }
 
 macro_rules! options {
-    ($($name:ident: $field:ident $(($range:ident))?, torch $is_torchs:literal, dialect $is_of_dialect:literal;)*) => {
+    ($($name:ident: $field:ident($of:ident::$range:ident), torch $is_torchs:literal, dialect $is_of_dialect:literal;)*) => {
         /// The options of a parameter group, in the order in which they are checked.
         pub(crate) const OPTIONS: &[GroupOption] = &[$(GroupOption {
             name: stringify!($name),
-            field: Field::$field(|config| &mut config.$name $(, Range::$range)?),
+            field: Field::$field(|config| &mut config.$name, $of::$range),
             is_torchs: $is_torchs,
             is_of_dialect: $is_of_dialect,
         }),*];
@@ -152,20 +186,31 @@ macro_rules! options {
 }
 
 options! {
-    lr: Number(NotNegative), torch true, dialect false;
-    eps: Number(NotNegative), torch true, dialect true;
-    weight_decay: Number(NotNegative), torch true, dialect true;
-    momentum: Number(NotNegative), torch true, dialect true;
-    initial_square_avg: Number(NotNegative), torch false, dialect true;
-    alpha: Number(Fraction), torch true, dialect true;
-    centered: Flag, torch true, dialect true;
-    eps_in_sqrt: Flag, torch false, dialect true;
-    lr_in_momentum: Flag, torch false, dialect true;
-    nesterov: Flag, torch false, dialect true;
-    bias_correction: Flag, torch false, dialect true;
-    decoupled_weight_decay: Flag, torch false, dialect true;
-    maximize: Flag, torch true, dialect false;
+    lr: Number(Range::NotNegative), torch true, dialect false;
+    eps: Number(Range::NotNegative), torch true, dialect true;
+    weight_decay: Number(Range::NotNegative), torch true, dialect true;
+    momentum: Number(Range::NotNegative), torch true, dialect true;
+    initial_square_avg: Number(Range::NotNegative), torch false, dialect true;
+    alpha: Number(Range::Fraction), torch true, dialect true;
+    centered: Flag(Flag::Always), torch true, dialect true;
+    eps_in_sqrt: Flag(Flag::Always), torch false, dialect true;
+    lr_in_momentum: Flag(Flag::Always), torch false, dialect true;
+    nesterov: Flag(Flag::Always), torch false, dialect true;
+    bias_correction: Flag(Flag::Always), torch false, dialect true;
+    decoupled_weight_decay: Flag(Flag::Always), torch false, dialect true;
+    cautious_weight_decay: Flag(Flag::Decoupled), torch false, dialect false;
+    corrected_weight_decay: Flag(Flag::Decoupled), torch false, dialect false;
+    clip_weights: Optional(Range::Positive), torch false, dialect false;
+    maximize: Flag(Flag::Always), torch true, dialect false;
 }
+
+/// What schedulers note in a group, and no constructor takes.
+pub(crate) const INITIAL_LR: GroupOption = GroupOption {
+    name: "initial_lr",
+    field: Field::Optional(|config| &mut config.initial_lr, Range::NotNegative),
+    is_torchs: false,
+    is_of_dialect: false,
+};
 
 /// Checks `max_grad_norm`: > 0.
 pub(crate) fn validate_max_grad_norm(found: f64) -> Result<(), Error> {

@@ -28,6 +28,10 @@ macro_rules! dialects {
                     nesterov: false,
                     bias_correction: false,
                     decoupled_weight_decay: $decoupled,
+                    cautious_weight_decay: false,
+                    corrected_weight_decay: false,
+                    initial_lr: None,
+                    clip_weights: None,
                     maximize: false,
                 }
             })*

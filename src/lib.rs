@@ -17,9 +17,12 @@
 //! p = p - (lr * g) / s                   without momentum; with it:
 //! b = momentum * b + (lr_in * g) / s     one of lr_in and lr_out is lr, the other 1
 //! p = p - lr_out * b                     nesterov: p = p - lr_out * ((lr_in * g) / s + momentum * b)
+//! p = min(max(p, -limit), limit)         with clip_weights
 //! ```
 //!
-//! Lines of options that are off are not computed. Hyperparameters are `f64`, combined in `f64`,
+//! Decoupled decay is left out, with `cautious_weight_decay`, where what is subtracted of `p` at the
+//! end has not its sign; with `corrected_weight_decay` its factor is `lr * lr / initial_lr *
+//! weight_decay`. Lines of options that are off are not computed. Hyperparameters are `f64`, combined in `f64`,
 //! rounded once. Every framework's RMSprop is a choice of these options ([`Config::dialect`]); the
 //! kernel knows no framework.
 //!

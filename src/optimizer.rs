@@ -226,6 +226,9 @@ impl<T: Real> RmsProp<T> {
         self.last_grad_norm = verdict.norm;
         let mut index = 0;
         for group in &mut self.groups {
+            if group.config.corrected_weight_decay {
+                group.config.initial_lr.get_or_insert(group.config.lr);
+            }
             for step in &mut group.state.steps {
                 *step = step.saturating_add(u64::from(grad(index).is_some()));
                 index += 1;

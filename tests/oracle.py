@@ -33,8 +33,12 @@ class Options:
     nesterov: bool = False
     bias_correction: bool = False
     decoupled_weight_decay: bool = False
+    cautious_weight_decay: bool = False
+    corrected_weight_decay: bool = False
+    clip_weights: float | None = None
     maximize: bool = False
     max_grad_norm: float | None = None
+    initial_lr: float | None = None  # a key of the group
 
 
 class Oracle:
@@ -64,6 +68,8 @@ class Oracle:
         for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is not None:
                 update(p, g, self.state[i], self.options, factor)
+        if self.options.corrected_weight_decay and self.options.initial_lr is None:
+            self.options.initial_lr = self.options.lr
 
 
 def initial_state(p: np.ndarray, o: Options) -> State:
@@ -94,8 +100,15 @@ def update(
 
     if grad_scale != 1:
         g = grad_scale * g
+    decaying_lr = o.lr
+    initial_lr = o.lr if o.initial_lr is None else o.initial_lr
+    if o.corrected_weight_decay and initial_lr != 0:
+        decaying_lr = o.lr * o.lr / initial_lr
+    decay = T(decaying_lr * o.weight_decay)
+    is_cautious = o.weight_decay > 0 and o.cautious_weight_decay
     if o.weight_decay > 0 and o.decoupled_weight_decay:
-        p[...] = p - T(o.lr * o.weight_decay) * p
+        if not is_cautious:
+            p[...] = p - decay * p
     elif o.weight_decay > 0:
         g = g + T(o.weight_decay) * p
 
@@ -110,15 +123,20 @@ def update(
     s = np.sqrt(d + eps_in) + eps_out
 
     if not o.momentum > 0:
-        p[...] = p - (lr * g) / s
-        return
-    u = (lr_in * g) / s
-    b = state["momentum_buffer"]
-    b[...] = momentum * b + u
-    if o.nesterov:
-        p[...] = p - lr_out * (u + momentum * b)
+        u = (lr * g) / s
     else:
-        p[...] = p - lr_out * b
+        scaled = (lr_in * g) / s
+        b = state["momentum_buffer"]
+        b[...] = momentum * b + scaled
+        u = lr_out * (scaled + momentum * b) if o.nesterov else lr_out * b
+    if is_cautious:
+        # A zero has either sign, a NaN none.
+        is_alike = (u >= 0) & (p >= 0) | (u <= 0) & (p <= 0)
+        p[...] = np.where(is_alike, p - decay * p, p)
+    p[...] = p - u
+    if o.clip_weights is not None:
+        limit = T(o.clip_weights)
+        p[...] = np.clip(p, -limit, limit)
 
 
 def power(a: float, t: int) -> float:

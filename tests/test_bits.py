@@ -45,6 +45,13 @@ def positive(limit):
     return st.sampled_from([0.0, 1e-300, 1e-45]) | st.floats(0, limit)
 
 
+def possible(options):
+    """Without what needs decoupled decay, where that is off."""
+    needs = ("cautious_weight_decay", "corrected_weight_decay")
+    is_on = options.get("decoupled_weight_decay")
+    return {k: v for k, v in options.items() if is_on or k not in needs}
+
+
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
@@ -60,9 +67,12 @@ OPTIONS = st.fixed_dictionaries(
         "nesterov": st.booleans(),
         "bias_correction": st.booleans(),
         "decoupled_weight_decay": st.booleans(),
+        "cautious_weight_decay": st.booleans(),
+        "corrected_weight_decay": st.booleans(),
+        "clip_weights": st.sampled_from([None, 1e-45, 0.1]),
         "maximize": st.booleans(),
     },
-)
+).map(possible)
 
 
 @given(

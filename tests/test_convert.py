@@ -112,6 +112,7 @@ class Timm(Live):
         {"momentum": 0.9, "centered": True, "weight_decay": 0.01},
         {"momentum": 0.9, "lr_in_momentum": False, "alpha": 0.99},
         {"weight_decay": 0.01, "decoupled_decay": True},
+        {"weight_decay": 0.1, "decoupled_decay": True, "corrected_weight_decay": True},
     )
 
     def __init__(self, params, options):
@@ -399,11 +400,28 @@ def test_optax_inside_a_chain():
 # --- timm -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["caution", "corrected_weight_decay"])
-def test_timm_refuses_what_is_no_part_of_the_rule(option):
-    run = Timm(random_arrays(3), {option: True})
-    with pytest.raises(ValueError, match=f"timm group 0: expected no {option}"):
+def test_timm_refuses_what_is_no_part_of_the_rule():
+    run = Timm(random_arrays(3), {"caution": True})
+    with pytest.raises(ValueError, match="timm group 0: expected no caution"):
         run.leave()
+
+
+def test_timm_decays_by_a_scheduled_lr():
+    """`corrected_weight_decay`, there and back, with a learning rate that has fallen."""
+    options = {"weight_decay": 0.1, "decoupled_decay": True}
+    there = Timm(random_arrays(3), {**options, "corrected_weight_decay": True})
+    there.opt.param_groups[0]["lr"] = 0.002
+    train(there, range(BEFORE))
+    here = Ours(there.params(), {"lr": 1.0})
+    here.opt.load_state_dict(there.leave())
+    assert here.opt.param_groups[0]["initial_lr"] == 0.01
+    back = Timm(there.params(), options)
+    back.arrive(here.opt.state_dict())
+    assert back.opt.param_groups[0]["max_lr_snapshot"] == 0.01
+    for run in (there, here, back):
+        train(run, range(BEFORE, BEFORE + 10))
+    assert distance(here.params(), there.params()) <= 10
+    assert bits(back.params()) == bits(there.params())
 
 
 def test_timm_from_the_torch_front():
@@ -434,6 +452,7 @@ def test_timm_from_the_torch_front():
         ("optax", {"weight_decay": 0.1}, "weight_decay of group 0: expected 0.0"),
         ("tf1", {"maximize": True}, "maximize of group 0: expected False"),
         ("timm", {"bias_correction": True}, "bias_correction of group 0"),
+        ("timm", {"clip_weights": 0.1}, "clip_weights of group 0: expected None"),
         ("paddle", {"lr_in_momentum": False, "momentum": 0.9}, "lr_in_momentum"),
         ("oneflow", {"momentum": 0.9}, "momentum of group 0: expected 0.0"),
     ],

@@ -21,6 +21,9 @@ DEFAULTS = {
     "nesterov": False,
     "bias_correction": False,
     "decoupled_weight_decay": False,
+    "cautious_weight_decay": False,
+    "corrected_weight_decay": False,
+    "clip_weights": None,
     "maximize": False,
 }
 CHANGED = {
@@ -36,8 +39,15 @@ CHANGED = {
     "nesterov": True,
     "bias_correction": True,
     "decoupled_weight_decay": True,
+    "cautious_weight_decay": True,
+    "corrected_weight_decay": True,
+    "clip_weights": 0.5,
     "maximize": True,
 }
+
+# What is for decoupled decay alone.
+FOR_DECOUPLED = ("cautious_weight_decay", "corrected_weight_decay")
+DECOUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
 
 
 def test_signature_and_defaults():
@@ -98,7 +108,8 @@ def assert_equal(params, opt, oracles):
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_option_of_one_group(key, contiguous):
-    made = make([{}, {key: CHANGED[key]}, {}], contiguous)
+    needed = DECOUPLED if key in FOR_DECOUPLED else {}
+    made = make([{}, {key: CHANGED[key], **needed}, {}], contiguous)
     for seed in (1, 2):
         step(*made, seed)
     assert_equal(*made)
@@ -116,7 +127,8 @@ START = {"momentum": "momentum_buffer", "centered": "grad_avg"}
 @pytest.mark.parametrize("key", [key for key in CHANGED if key != "initial_square_avg"])
 def test_live_change_counts_from_the_next_step(key, contiguous):
     """Switched on late, momentum and centering start from zeros."""
-    params, opt, oracles = make([{}, {}], contiguous)
+    needed = DECOUPLED if key in FOR_DECOUPLED else {}
+    params, opt, oracles = make([{}, {}], contiguous, **needed)
     step(params, opt, oracles, 1)
     opt.param_groups[1][key] = CHANGED[key]
     setattr(oracles[1].options, key, CHANGED[key])

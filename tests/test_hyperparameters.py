@@ -17,6 +17,7 @@ VALUES = {
     "nesterov": True,
     "bias_correction": True,
     "decoupled_weight_decay": True,
+    "clip_weights": 0.5,
     "maximize": True,
 }
 EACH = pytest.mark.parametrize("name, value", VALUES.items(), ids=VALUES)

@@ -23,6 +23,11 @@ OPTIONS = {
     "bias_correction": (False, True),
     "maximize": (False, True),
 }
+CAUTIOUS = {
+    "weight_decay": 0.01,
+    "decoupled_weight_decay": True,
+    "cautious_weight_decay": True,
+}
 LENGTHS = (*range(35), 63, 64, 65, 127, 200, 500, 1000)
 
 
@@ -46,6 +51,16 @@ def print_digests():
     for dtype, *chosen in itertools.product(("float32", "float64"), *OPTIONS.values()):
         options = dict(zip(OPTIONS, chosen, strict=True))
         print(dtype, options, digest(dtype, **options))
+    later = {
+        "centered": (False, True),
+        "momentum": (0.0, 0.9),
+        "nesterov": (False, True),
+    }
+    for dtype, *chosen in itertools.product(("float32", "float64"), *later.values()):
+        options = dict(zip(later, chosen, strict=True))
+        for decay in ({}, CAUTIOUS):
+            every = {**options, **decay, "clip_weights": 0.5}
+            print(dtype, every, digest(dtype, **every))
     big = np.random.default_rng(0).standard_normal(1_000_000).astype(np.float32)
     opt = rmsprop.RMSprop([np.zeros_like(big)], max_grad_norm=1.0)
     opt.step(grads=[big])

@@ -504,6 +504,7 @@ OWN = {
     "nesterov": {"nesterov": True, **MOMENTUM},
     "bias_correction": {"bias_correction": True},
     "decoupled_weight_decay": {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    "clip_weights": {"clip_weights": 1.0},
     "max_grad_norm": {"max_grad_norm": 1.0},
     "nonfinite": {"nonfinite": "skip"},
 }

@@ -35,6 +35,7 @@ OWN = {
     "nesterov": True,
     "bias_correction": True,
     "decoupled_weight_decay": True,
+    "clip_weights": 1.0,
 }
 
 

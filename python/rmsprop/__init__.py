@@ -13,8 +13,11 @@ operation rounded once in the type of the parameter::
     p = p - (lr * g) / s                 without momentum; with it:
     b = momentum * b + (lr_in * g) / s   one of lr_in and lr_out is lr, the other 1
     p = p - lr_out * b                   nesterov: lr_out*((lr_in*g)/s + momentum*b)
+    p = min(max(p, -limit), limit)       with clip_weights
 
-c is 1 / (1 - alpha^t) with ``bias_correction``, else 1. Which framework's RMSprop
+Decoupled decay is left out, with ``cautious_weight_decay``, where what is subtracted of p
+at the end has not its sign; with ``corrected_weight_decay`` its factor is
+``lr * lr / initial_lr * weight_decay``. c is 1 / (1 - alpha^t) with ``bias_correction``, else 1. Which framework's RMSprop
 that is depends on the options alone: :func:`dialect`.
 """
 

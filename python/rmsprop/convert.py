@@ -17,7 +17,8 @@ optax     learning_rate, decay, eps, initial_scale,      nu, mu, trace (the nega
           bias_correction
 tf1       learning_rate, decay, momentum, epsilon,       rms, mg, momentum
           centered
-timm      torch's, decoupled_decay, lr_in_momentum       torch's
+timm      torch's, decoupled_decay, lr_in_momentum,      torch's
+          corrected_weight_decay
 paddle    learning_rate, rho, epsilon, momentum,         mean_square, mean_grad,
           centered, weight_decay                         momentum
 oneflow   lr, alpha, eps, weight_decay, centered         square_avg, grad_avg
@@ -95,7 +96,8 @@ _PEERS = {
     ),
     "timm": _Peer(
         _same("lr alpha eps weight_decay momentum centered lr_in_momentum")
-        | {"decoupled_decay": "decoupled_weight_decay"},
+        | {"decoupled_decay": "decoupled_weight_decay"}
+        | _same("corrected_weight_decay"),
         _TORCH_STATE,
     ),
     "paddle": _Peer(
@@ -111,7 +113,14 @@ _PEERS = {
 
 _FLAGS = {
     *("centered", "eps_in_sqrt", "nesterov", "bias_correction"),
-    *("decoupled_weight_decay", "lr_in_momentum"),
+    *("decoupled_weight_decay", "corrected_weight_decay", "lr_in_momentum"),
+}
+#: Options that no dialect fixes, as they are when they are off.
+_OFF = {
+    "maximize": False,
+    "cautious_weight_decay": False,
+    "corrected_weight_decay": False,
+    "clip_weights": None,
 }
 
 
@@ -382,11 +391,19 @@ def to_tf1(
 def from_timm(state_dict: Mapping[str, Any]) -> StateDict:
     """Reads the ``state_dict`` of ``timm.optim.RMSpropTF``.
 
+    What ``corrected_weight_decay`` takes for the first learning rate becomes ``initial_lr``.
+
     Raises:
-        ValueError: if a group has ``caution`` or ``corrected_weight_decay``, which our rule
-            does not.
+        ValueError: if a group has ``caution``, which our rule does not.
     """
-    return _from_torch_like("timm", state_dict, ("caution", "corrected_weight_decay"))
+    found = _from_torch_like("timm", state_dict, ("caution",))
+    for group, saved in zip(found["param_groups"], state_dict["param_groups"]):
+        # Without decoupled_decay it has no effect there.
+        if group.get("corrected_weight_decay") and group["decoupled_weight_decay"]:
+            group["initial_lr"] = saved["max_lr_snapshot"]
+        else:
+            group["corrected_weight_decay"] = False
+    return found
 
 
 def to_timm(
@@ -402,7 +419,11 @@ def to_timm(
     Raises:
         ValueError: for another rule.
     """
-    return _to_torch_like("timm", state_dict, array, {})
+    found = _to_torch_like("timm", state_dict, array, {})
+    for group in found["param_groups"]:
+        if group.get("corrected_weight_decay"):
+            group["max_lr_snapshot"] = group.get("initial_lr") or group["lr"]
+    return found
 
 
 def from_oneflow(state_dict: Mapping[str, Any]) -> StateDict:
@@ -532,16 +553,16 @@ def _options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _groups(name: str, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups of a ``state_dict``, all of which a framework can compute."""
     known = set(_peer(name).options.values())
-    wanted = {**_core.dialect(name), "maximize": False}
+    wanted = {**_core.dialect(name), **_OFF}
     # The torch front writes down no option of ours that is as torch's rule has it.
-    start = {**_core.dialect("torch"), "maximize": False}
+    start = {**_core.dialect("torch"), **_OFF}
     groups = [{**start, **group} for group in state_dict["param_groups"]]
     for index, group in enumerate(groups):
         idle = {"initial_square_avg"}  # The state is there.
         if not group.get("momentum"):
             idle |= {"lr_in_momentum", "nesterov"}
         if not group.get("weight_decay"):
-            idle |= {"decoupled_weight_decay"}
+            idle |= {key for key in wanted if key.endswith("_weight_decay")}
         for key, value in wanted.items():
             found = group.get(key, value)
             if key not in known and key not in idle and found != value:
@@ -718,7 +739,7 @@ def _to_torch_like(
     extra: dict[str, Any],
 ) -> StateDict:
     names = {ours: theirs for theirs, ours in _PEERS[name].options.items()}
-    formula = {*_core.dialect(name), "maximize"} - set(names)
+    formula = {*_core.dialect(name), *_OFF} - set(names)
     ours_alone = {"contiguous_params", "capturable", "differentiable", "foreach"}
     groups = [
         {

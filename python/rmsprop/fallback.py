@@ -204,6 +204,7 @@ def _own_options(opt: Steps, group: Group) -> list[str]:
         "nesterov": group.get("nesterov") and has_momentum,
         "bias_correction": group.get("bias_correction"),
         "decoupled_weight_decay": group.get("decoupled_weight_decay") and decays,
+        "clip_weights": group.get("clip_weights") is not None,
         "max_grad_norm": opt.max_grad_norm is not None,
         "nonfinite": opt.nonfinite != "propagate",
     }

@@ -26,6 +26,7 @@ if hasattr(os, "register_at_fork"):
 _FREE = {
     *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads"),
     *("capturable", "foreach", "differentiable"),
+    *("cautious_weight_decay", "corrected_weight_decay", "clip_weights"),
 }
 
 
@@ -137,6 +138,13 @@ class RMSprop(_core.Optimizer):
         bias_correction: divides both averages by ``1 - alpha**t``. With ``centered``
             the first step divides by rounding noise: choose ``eps`` accordingly.
         decoupled_weight_decay: see ``weight_decay``.
+        cautious_weight_decay: decays only where the update, too, moves a parameter towards 0
+            (arXiv:2510.12402). Needs ``decoupled_weight_decay``.
+        corrected_weight_decay: decays by ``lr * lr / initial_lr * weight_decay`` (timm), so
+            that decay follows a schedule as steps do; ``initial_lr`` is the key of a group
+            that schedulers write, or else the first step. Needs ``decoupled_weight_decay``.
+        clip_weights: keeps parameters from ``-clip_weights`` to ``clip_weights``, after the
+            update (WGAN); None for no limit.
         maximize: climbs.
         max_grad_norm: scales all gradients together by
             ``min(1, max_grad_norm / (norm + 1e-6))``, norm the L2 norm over every
@@ -184,6 +192,9 @@ class RMSprop(_core.Optimizer):
     nesterov = _Hyperparameter[bool]()
     bias_correction = _Hyperparameter[bool]()
     decoupled_weight_decay = _Hyperparameter[bool]()
+    cautious_weight_decay = _Hyperparameter[bool]()
+    corrected_weight_decay = _Hyperparameter[bool]()
+    clip_weights = _Hyperparameter["float | None"]()
     maximize = _Hyperparameter[bool]()
 
     def __init__(
@@ -204,6 +215,9 @@ class RMSprop(_core.Optimizer):
         bias_correction: bool = False,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
+        cautious_weight_decay: bool = False,
+        corrected_weight_decay: bool = False,
+        clip_weights: float | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         threads: int | None = None,
@@ -223,6 +237,9 @@ class RMSprop(_core.Optimizer):
             "bias_correction": bias_correction,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "cautious_weight_decay": cautious_weight_decay,
+            "corrected_weight_decay": corrected_weight_decay,
+            "clip_weights": clip_weights,
         }
         _core.check_options(self.defaults, "")
         self.max_grad_norm = max_grad_norm

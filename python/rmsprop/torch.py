@@ -89,6 +89,13 @@ class RMSprop(Optimizer):
         nesterov: Nesterov's momentum.
         bias_correction: divides both averages by ``1 - alpha**t``.
         decoupled_weight_decay: see ``weight_decay``.
+        cautious_weight_decay: decays only where the update, too, moves a parameter towards 0
+            (arXiv:2510.12402). Needs ``decoupled_weight_decay``.
+        corrected_weight_decay: decays by ``lr * lr / initial_lr * weight_decay`` (timm), so
+            that decay follows a schedule as steps do; ``initial_lr`` is the key of a group
+            that schedulers write, or else the first step. Needs ``decoupled_weight_decay``.
+        clip_weights: keeps parameters from ``-clip_weights`` to ``clip_weights``, after the
+            update (WGAN); None for no limit.
         max_grad_norm: scales all gradients together by
             ``min(1, max_grad_norm / (norm + 1e-6))``, as ``clip_grad_norm_`` before the
             step does; the gradients are not written. ``last_grad_norm`` is the norm.
@@ -151,6 +158,9 @@ class RMSprop(Optimizer):
         nesterov: bool = False,
         bias_correction: bool = False,
         decoupled_weight_decay: bool = False,
+        cautious_weight_decay: bool = False,
+        corrected_weight_decay: bool = False,
+        clip_weights: float | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         contiguous_params: bool = False,
@@ -178,6 +188,9 @@ class RMSprop(Optimizer):
             "nesterov": nesterov,
             "bias_correction": bias_correction,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious_weight_decay": cautious_weight_decay,
+            "corrected_weight_decay": corrected_weight_decay,
+            "clip_weights": clip_weights,
             "contiguous_params": contiguous_params,
         }
         defaults = {

@@ -60,6 +60,9 @@ class Overrides(TypedDict, total=False):
     decoupled_weight_decay: bool
     lr: float
     maximize: bool
+    cautious_weight_decay: bool
+    corrected_weight_decay: bool
+    clip_weights: float | None
     max_grad_norm: float | None
     nonfinite: Nonfinite
     contiguous_params: bool

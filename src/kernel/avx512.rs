@@ -28,7 +28,9 @@
 //!
 //! All that is for rounding to nearest, and for `x` so large that nothing underflows.
 
-use std::arch::x86_64::{_CMP_GT_OQ, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEG_INF};
+use std::arch::x86_64::{
+    _CMP_GE_OQ, _CMP_GT_OQ, _CMP_LE_OQ, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEG_INF,
+};
 use std::ops::{Add, Div, Mul, Sub};
 
 use super::lanes::Lanes;
@@ -144,6 +146,21 @@ macro_rules! block {
                     let zero = [setzero(); 4];
                     let is_below = self.0.map(|x| cmp::<_CMP_LT_OQ>(x, zero[0]));
                     Block(each!(blend, is_below, self.0, zero))
+                }
+            }
+
+            #[inline(always)]
+            #[allow(unsafe_code)]
+            fn where_alike(self, x: Self, y: Self) -> Self {
+                // SAFETY: as in `operator!`.
+                unsafe {
+                    let zero = setzero();
+                    let is_alike: [_; 4] = std::array::from_fn(|k| {
+                        let (x, y) = (x.0[k], y.0[k]);
+                        cmp::<_CMP_GE_OQ>(x, zero) & cmp::<_CMP_GE_OQ>(y, zero)
+                            | cmp::<_CMP_LE_OQ>(x, zero) & cmp::<_CMP_LE_OQ>(y, zero)
+                    });
+                    Block(each!(blend, is_alike, [zero; 4], self.0))
                 }
             }
         }
@@ -279,7 +296,7 @@ mod tests {
             .collect();
         let y: Vec<T> = (0..B::COUNT).map(|i| x[i * 37 % B::COUNT]).collect();
         type Both<T> = fn(T, T) -> T;
-        let operations: [(Both<B>, Both<T>); 6] = [
+        let operations: [(Both<B>, Both<T>); 7] = [
             (|x, y| x + y, |x, y| x + y),
             (|x, y| x - y, |x, y| x - y),
             (|x, y| x * y, |x, y| x * y),
@@ -288,6 +305,13 @@ mod tests {
             (
                 |x, _| x.at_least_zero(),
                 |x, _| if x < T::ZERO { T::ZERO } else { x },
+            ),
+            (
+                |x, y| y.where_alike(x, y),
+                |x, y| match (x.partial_cmp(&T::ZERO), y.partial_cmp(&T::ZERO)) {
+                    (Some(a), Some(b)) if a == b || a.is_eq() || b.is_eq() => y,
+                    _ => T::ZERO,
+                },
             ),
         ];
         for (of_block, of_lane) in operations {

@@ -22,6 +22,9 @@ pub trait Lanes<T>:
     fn sqrt(self) -> Self;
     /// Zero instead of what is below zero; a NaN stays one.
     fn at_least_zero(self) -> Self;
+    /// Itself where `x` and `y` have the same sign, zero elsewhere. A zero has that of the other, a NaN
+    /// none.
+    fn where_alike(self, x: Self, y: Self) -> Self;
 }
 
 macro_rules! one_lane {
@@ -49,6 +52,11 @@ macro_rules! one_lane {
             fn at_least_zero(self) -> Self {
                 // Not `max`: `f32::max(NaN, 0.0)` is 0 and would hide a NaN.
                 if self < 0.0 { 0.0 } else { self }
+            }
+            #[inline(always)]
+            fn where_alike(self, x: Self, y: Self) -> Self {
+                let is_alike = (x >= 0.0) & (y >= 0.0) | (x <= 0.0) & (y <= 0.0);
+                if is_alike { self } else { 0.0 }
             }
         }
     };

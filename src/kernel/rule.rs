@@ -97,6 +97,8 @@ pub(crate) enum Decay {
     Off,
     L2,
     Decoupled,
+    /// Decoupled, where the update goes the same way.
+    Cautious,
 }
 
 /// The hyperparameters of one update in the compute type `T`.
@@ -119,6 +121,7 @@ pub(crate) struct Rule<T> {
     pub lr: T,
     pub lr_in: T,
     pub lr_out: T,
+    pub clip_weights: Option<T>,
 }
 
 impl<T: Real> Rule<T> {
@@ -147,6 +150,12 @@ impl<T: Real> Rule<T> {
         } else {
             (1.0, lr)
         };
+        let decaying_lr = match config.initial_lr.unwrap_or(lr) {
+            initial_lr if config.corrected_weight_decay && initial_lr != 0.0 => {
+                lr * lr / initial_lr
+            }
+            _ => lr,
+        };
         Rule {
             centered: config.centered,
             momentum_form: match (momentum > 0.0, config.nesterov) {
@@ -157,11 +166,12 @@ impl<T: Real> Rule<T> {
             decay_form: match (weight_decay != 0.0, config.decoupled_weight_decay) {
                 (false, _) => Decay::Off,
                 (true, false) => Decay::L2,
+                (true, true) if config.cautious_weight_decay => Decay::Cautious,
                 (true, true) => Decay::Decoupled,
             },
             grad_scale: T::from_f64(if config.maximize { -1.0 } else { 1.0 }),
             weight_decay: T::from_f64(weight_decay),
-            lr_weight_decay: T::from_f64(lr * weight_decay),
+            lr_weight_decay: T::from_f64(decaying_lr * weight_decay),
             alpha: T::from_f64(alpha),
             one_minus_alpha: T::from_f64(1.0 - alpha),
             correction: T::from_f64(correction),
@@ -171,6 +181,7 @@ impl<T: Real> Rule<T> {
             lr: T::from_f64(lr),
             lr_in: T::from_f64(lr_in),
             lr_out: T::from_f64(lr_out),
+            clip_weights: config.clip_weights.map(T::from_f64),
         }
     }
 
@@ -193,6 +204,7 @@ impl<T: Real> Rule<T> {
             lr: L::splat(proof, self.lr),
             lr_in: L::splat(proof, self.lr_in),
             lr_out: L::splat(proof, self.lr_out),
+            clip_weights: None, // Not in lanes.
         }
     }
 
@@ -200,6 +212,12 @@ impl<T: Real> Rule<T> {
     #[inline(always)]
     pub fn has_momentum(&self) -> bool {
         self.momentum_form != Momentum::Off
+    }
+
+    /// Whether there is something to do once the parameter is updated.
+    #[inline(always)]
+    pub fn has_second_pass(&self) -> bool {
+        self.clip_weights.is_some()
     }
 
     /// Whether the arrays of a role are read or written.
@@ -315,6 +333,17 @@ impl<'a, T: Real> Slices<'a, T> {
 }
 
 impl<T> Slices<'_, T> {
+    /// The same, for a while.
+    pub fn reborrow(&mut self) -> Slices<'_, T> {
+        Slices {
+            p: self.p,
+            g: self.g,
+            v: self.v,
+            m: self.m,
+            b: self.b,
+        }
+    }
+
     /// Those before an element and those from it on.
     pub fn split_at(self, element: usize) -> (Self, Self) {
         fn cut<T>(x: &mut [T], element: usize) -> (&mut [T], &mut [T]) {

@@ -55,18 +55,22 @@ fn sweep<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const D
             d = (d - mean * mean).at_least_zero();
         }
         let s = (d + h.eps_in).sqrt() + h.eps_out;
-        if MOMENTUM == Momentum::Off as u8 {
-            p_i = p_i - (h.lr * g_i) / s;
+        let u_i = if MOMENTUM == Momentum::Off as u8 {
+            (h.lr * g_i) / s
         } else {
-            let u = (h.lr_in * g_i) / s;
-            let b_i = h.momentum * L::load(proof, b, i) + u;
+            let step = (h.lr_in * g_i) / s;
+            let b_i = h.momentum * L::load(proof, b, i) + step;
             b_i.store(b, i);
             if MOMENTUM == Momentum::Nesterov as u8 {
-                p_i = p_i - h.lr_out * (u + h.momentum * b_i);
+                h.lr_out * (step + h.momentum * b_i)
             } else {
-                p_i = p_i - h.lr_out * b_i;
+                h.lr_out * b_i
             }
+        };
+        if DECAY == Decay::Cautious as u8 {
+            p_i = p_i - (h.lr_weight_decay * p_i).where_alike(u_i, p_i);
         }
+        p_i = p_i - u_i;
         p_i.store(p, i);
     }
 }
@@ -111,30 +115,69 @@ fn with_decay<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8
     const OFF: u8 = Decay::Off as u8;
     const L2: u8 = Decay::L2 as u8;
     const DECOUPLED: u8 = Decay::Decoupled as u8;
+    const CAUTIOUS: u8 = Decay::Cautious as u8;
     match h.decay_form {
         Decay::Off => each::<T, L, CENTERED, MOMENTUM, OFF>(proof, all, h),
         Decay::L2 => each::<T, L, CENTERED, MOMENTUM, L2>(proof, all, h),
         Decay::Decoupled => each::<T, L, CENTERED, MOMENTUM, DECOUPLED>(proof, all, h),
+        Decay::Cautious => each::<T, L, CENTERED, MOMENTUM, CAUTIOUS>(proof, all, h),
     }
 }
 
-/// The arrays of one parameter after the other: blocks of `L`, and what is left of them.
+/// The arrays of one parameter after the other.
 #[inline(always)]
 fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
     proof: L::Proof,
     all: impl Iterator<Item = Slices<'a, T>>,
     h: &Rule<T>,
 ) {
-    for slices in all {
-        let rest = if L::COUNT > 1 && slices.p.len() >= L::FROM {
-            let len = slices.p.len() / L::COUNT * L::COUNT;
-            let (Slices { p, g, v, m, b }, rest) = slices.split_at(len);
-            sweep::<T, L, CENTERED, MOMENTUM, DECAY>(proof, p, g, v, m, b, h);
-            rest
+    for mut slices in all {
+        if h.has_second_pass() {
+            while !slices.p.is_empty() {
+                let len = IN_CACHE.min(slices.p.len());
+                let (mut part, others) = slices.split_at(len);
+                one::<T, L, CENTERED, MOMENTUM, DECAY>(proof, part.reborrow(), h);
+                pass_again(part, h);
+                slices = others;
+            }
         } else {
-            slices
-        };
-        let Slices { p, g, v, m, b } = rest;
-        sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>((), p, g, v, m, b, h);
+            one::<T, L, CENTERED, MOMENTUM, DECAY>(proof, slices, h);
+        }
+    }
+}
+
+/// The arrays of one parameter: blocks of `L`, and what is left of them.
+#[inline(always)]
+fn one<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DECAY: u8>(
+    proof: L::Proof,
+    slices: Slices<'_, T>,
+    h: &Rule<T>,
+) {
+    let rest = if L::COUNT > 1 && slices.p.len() >= L::FROM {
+        let len = slices.p.len() / L::COUNT * L::COUNT;
+        let (Slices { p, g, v, m, b }, rest) = slices.split_at(len);
+        sweep::<T, L, CENTERED, MOMENTUM, DECAY>(proof, p, g, v, m, b, h);
+        rest
+    } else {
+        slices
+    };
+    let Slices { p, g, v, m, b } = rest;
+    sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>((), p, g, v, m, b, h);
+}
+
+/// Elements that are still in the first-level cache when they are passed over again.
+const IN_CACHE: usize = 1024;
+
+/// The lines of the formula that only need the new parameter. (In [`sweep`] each would double the
+/// number of its forms.)
+#[inline(always)]
+fn pass_again<T: Real>(slices: Slices<'_, T>, h: &Rule<T>) {
+    if let Some(limit) = h.clip_weights {
+        let least = T::ZERO - limit;
+        for p in slices.p {
+            // A NaN stays one.
+            *p = if *p > limit { limit } else { *p };
+            *p = if *p < least { least } else { *p };
+        }
     }
 }

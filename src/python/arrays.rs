@@ -414,6 +414,10 @@ impl ArraySession {
         let is_update = |verdict: &Verdict| matches!(verdict.outcome, Outcome::Update);
         if !outcome.as_ref().is_ok_and(is_update) {
             self.take_back(&created);
+            return outcome;
+        }
+        for (index, group) in self.groups.iter().enumerate() {
+            group.options.note_initial_lr(dicts, index)?;
         }
         outcome
     }

@@ -9,7 +9,7 @@ use pyo3::{PyTraverseError, PyVisit, intern};
 use smallvec::SmallVec;
 
 use super::view::{Lent, Quiet, class_name};
-use crate::config::{Config, Field, Nonfinite, OPTIONS, validate_max_grad_norm};
+use crate::config::{Config, Field, INITIAL_LR, Nonfinite, OPTIONS, validate_max_grad_norm};
 use crate::error::Error;
 use crate::optimizer::Clipping;
 
@@ -81,7 +81,8 @@ pub(crate) fn dialect_options(py: Python<'_>, mut config: Config) -> PyResult<Bo
     for option in OPTIONS.iter().filter(|option| option.is_of_dialect) {
         match option.field {
             Field::Number(field, _) => options.set_item(option.name, *field(&mut config))?,
-            Field::Flag(field) => options.set_item(option.name, *field(&mut config))?,
+            Field::Optional(field, _) => options.set_item(option.name, *field(&mut config))?,
+            Field::Flag(field, _) => options.set_item(option.name, *field(&mut config))?,
         }
     }
     Ok(options)
@@ -107,6 +108,9 @@ pub(crate) fn read_options(
         Err(_) if is_torch && is_torchs => value.is_truthy(),
         Err(_) => Err(wrong_type(key, place, "a bool", &value)),
     };
+    let number = |key: &str, value: &Bound<'_, PyAny>| {
+        number_of(value).map_err(|error| not_a_number(error, key, place, value))
+    };
     // Where an option of ours is left out, torch's formula is meant.
     let mut config = Config::torch();
     for option in OPTIONS {
@@ -114,14 +118,19 @@ pub(crate) fn read_options(
             continue;
         };
         match option.field {
-            Field::Number(field, _) => {
-                *field(&mut config) = number_of(&value)
-                    .map_err(|error| not_a_number(error, option.name, place, &value))?;
-            }
-            Field::Flag(field) => {
+            Field::Number(field, _) => *field(&mut config) = number(option.name, &value)?,
+            Field::Optional(field, _) if value.is_none() => *field(&mut config) = None,
+            Field::Optional(field, _) => *field(&mut config) = Some(number(option.name, &value)?),
+            Field::Flag(field, _) => {
                 *field(&mut config) = flag(option.name, option.is_torchs, value)?;
             }
         }
+    }
+    // A scheduler's key, which need not be there.
+    if config.corrected_weight_decay
+        && let Some(value) = options.get_item(INITIAL_LR.name)?
+    {
+        config.initial_lr = Some(number(INITIAL_LR.name, &value)?);
     }
     if let Some(value) = get(CONTIGUOUS, false)? {
         flag(CONTIGUOUS, false, value)?;
@@ -167,9 +176,8 @@ fn check_ranges(front: Front, config: &Config) -> Result<(), Error> {
     let checked: SmallVec<[_; 16]> = options
         .filter(|option| is_checked(option.name, option.is_torchs))
         .collect();
-    checked
-        .iter()
-        .try_for_each(|option| option.check(&mut config))
+    let mut checked = checked.into_iter().chain([&INITIAL_LR]);
+    checked.try_for_each(|option| option.check(&mut config))
 }
 
 /// The value of a number, or of a tensor with one element.
@@ -237,11 +245,12 @@ impl GroupOptions {
     pub fn read(front: Front, group: &Bound<'_, PyDict>, place: &str) -> PyResult<Self> {
         // A copy first: what is asked of the entries may run Python code.
         let entries: Vec<_> = group.iter().collect();
-        let (mut numbers, mut live, mut is_stale) = (Vec::new(), Vec::new(), false);
+        let (mut numbers, mut live) = (Vec::new(), Vec::new());
+        let (mut is_stale, mut is_initial_lr_live) = (false, false);
         for (k, (key, value)) in entries.iter().enumerate() {
             let key = key.extract::<String>().unwrap_or_default();
             let option = OPTIONS.iter().position(|option| option.name == key);
-            let is_number = |&k: &usize| matches!(OPTIONS[k].field, Field::Number(..));
+            let is_number = |&k: &usize| !matches!(OPTIONS[k].field, Field::Flag(..));
             let number = option.filter(is_number);
             numbers.push(number);
             let is_float = value.is_exact_instance_of::<PyFloat>();
@@ -255,14 +264,19 @@ impl GroupOptions {
                 live.push(k);
                 continue;
             }
-            // Other keys (names, `initial_lr`) are not read here, so what they hold may change.
+            // Other keys (names) are not read here, so what they hold may change.
             is_stale |= match key.as_str() {
                 // Torch's list is looked at item by item.
                 "params" => front == Front::Arrays && !value.is_exact_instance_of::<PyTuple>(),
+                key if key == INITIAL_LR.name => {
+                    is_initial_lr_live = !is_float;
+                    false
+                }
                 key => option.is_some() || key == CONTIGUOUS || TORCH_FLAGS.contains(&key),
             };
         }
         let config = read_options(front, group, place)?;
+        is_stale |= is_initial_lr_live && config.corrected_weight_decay;
         let unbind =
             |(key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| (key.unbind(), value.unbind());
         Ok(GroupOptions {
@@ -280,6 +294,18 @@ impl GroupOptions {
             visit.call(key)?;
             visit.call(value)
         })
+    }
+
+    /// Notes the lr of the first step with `corrected_weight_decay` in the dict, where no scheduler
+    /// has. (Not earlier: schedulers would take it for theirs.)
+    #[inline]
+    pub fn note_initial_lr(&self, groups: &Bound<'_, PyList>, index: usize) -> PyResult<()> {
+        if self.config.corrected_weight_decay && self.config.initial_lr.is_none() {
+            groups
+                .get_item(index)?
+                .set_item(INITIAL_LR.name, self.config.lr)?;
+        }
+        Ok(())
     }
 
     /// Makes the next look read everything anew.
@@ -308,11 +334,17 @@ impl GroupOptions {
 
     #[cold]
     fn take(&mut self, py: Python<'_>, front: Front, moved: &Moved) -> Change {
+        let is_option = |&(place, _): &(usize, f64)| self.numbers[place].is_some();
+        if self.config.corrected_weight_decay && !moved.iter().all(is_option) {
+            return Change::Other; // It may be `initial_lr`.
+        }
         let old = self.config.clone();
         let mut set = |place: usize, new: f64| {
-            // Another float that no option reads (`initial_lr`) changes nothing.
-            if let Some(Field::Number(field, _)) = self.numbers[place].map(|k| OPTIONS[k].field) {
-                *field(&mut self.config) = new;
+            match self.numbers[place].map(|k| OPTIONS[k].field) {
+                Some(Field::Number(field, _)) => *field(&mut self.config) = new,
+                Some(Field::Optional(field, _)) => *field(&mut self.config) = Some(new),
+                // Another float that is no option changes nothing.
+                Some(Field::Flag(..)) | None => {}
             }
         };
         moved.iter().for_each(|&(place, new)| set(place, new));

@@ -446,6 +446,9 @@ impl TensorSession {
         let py = dicts.py();
         match verdict.outcome {
             Outcome::Update => {
+                for (index, group) in self.groups.iter().enumerate() {
+                    group.options.note_initial_lr(dicts, index)?;
+                }
                 let written = &mut self.tensors.written;
                 written.extend(self.pairs.drain(..).map(|pair| pair.p));
                 torch.increment_version(py, written.drain(..))
