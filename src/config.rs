@@ -65,6 +65,9 @@ pub struct Config {
     pub initial_lr: Option<f64>,
     /// Keeps parameters from `-clip_weights` to `clip_weights` after the update. > 0.
     pub clip_weights: Option<f64>,
+    /// Decay of an average of the parameter itself ([`StateKey::Ema`](crate::StateKey::Ema)); off at
+    /// `None`. 0 <= ema_decay <= 1.
+    pub ema_decay: Option<f64>,
     /// Climbs instead of descending.
     pub maximize: bool,
 }
@@ -97,7 +100,8 @@ impl Config {
             || self.nesterov
             || self.bias_correction
             || self.decoupled_weight_decay
-            || self.clip_weights.is_some())
+            || self.clip_weights.is_some()
+            || self.ema_decay.is_some())
     }
 }
 
@@ -156,7 +160,7 @@ impl GroupOption {
                 });
             }
         };
-        let is_certain = range == Range::Fraction && config.bias_correction && found == 1.0;
+        let is_certain = self.name == "alpha" && config.bias_correction && found == 1.0;
         let expected = match range {
             Range::NotNegative if !(found >= 0.0 && found.is_finite()) => "a finite number >= 0",
             Range::Positive if found.is_nan() || found <= 0.0 => "a number > 0",
@@ -201,6 +205,7 @@ options! {
     cautious_weight_decay: Flag(Flag::Decoupled), torch false, dialect false;
     corrected_weight_decay: Flag(Flag::Decoupled), torch false, dialect false;
     clip_weights: Optional(Range::Positive), torch false, dialect false;
+    ema_decay: Optional(Range::Fraction), torch false, dialect false;
     maximize: Flag(Flag::Always), torch true, dialect false;
 }
 

@@ -32,6 +32,7 @@ macro_rules! dialects {
                     corrected_weight_decay: false,
                     initial_lr: None,
                     clip_weights: None,
+                    ema_decay: None,
                     maximize: false,
                 }
             })*

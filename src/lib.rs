@@ -4,7 +4,7 @@
 //! # The rule
 //!
 //! For each element of a parameter `p` with gradient `grad`, where `v` is the state `square_avg`,
-//! `m` `grad_avg` and `b` `momentum_buffer`, in this order, each operation rounded once in the type
+//! `m` `grad_avg`, `b` `momentum_buffer` and `e` `ema`, in this order, each operation rounded once in the type
 //! of the parameter (no fused multiply-add):
 //!
 //! ```text
@@ -18,6 +18,7 @@
 //! b = momentum * b + (lr_in * g) / s     one of lr_in and lr_out is lr, the other 1
 //! p = p - lr_out * b                     nesterov: p = p - lr_out * ((lr_in * g) / s + momentum * b)
 //! p = min(max(p, -limit), limit)         with clip_weights
+//! e = ema_decay * e + (1 - ema_decay) * p  with ema_decay; e starts as p was before its first update
 //! ```
 //!
 //! Decoupled decay is left out, with `cautious_weight_decay`, where what is subtracted of `p` at the

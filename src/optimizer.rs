@@ -229,8 +229,12 @@ impl<T: Real> RmsProp<T> {
             if group.config.corrected_weight_decay {
                 group.config.initial_lr.get_or_insert(group.config.lr);
             }
-            for step in &mut group.state.steps {
-                *step = step.saturating_add(u64::from(grad(index).is_some()));
+            let averages = group.config.ema_decay.is_some();
+            let State { steps, has_ema, .. } = &mut group.state;
+            for (step, has_ema) in steps.iter_mut().zip(has_ema) {
+                let is_updated = grad(index).is_some();
+                *step = step.saturating_add(u64::from(is_updated));
+                *has_ema |= averages && is_updated;
                 index += 1;
             }
         }
@@ -307,21 +311,25 @@ impl<T: Real> RmsProp<T> {
     }
 
     /// A parameter's state; `None` if there is no such parameter or its group has never used the
-    /// key.
+    /// key. [`StateKey::Ema`] is there from the first update with [`Config::ema_decay`] on.
     pub fn state(&self, parameter: usize, key: StateKey) -> Option<&[T]> {
         let (group, index) = self.locate(parameter)?;
         let state = &self.groups[group].state;
         let range = state.ranges[index].clone();
+        if key == StateKey::Ema && !state.has_ema[index] {
+            return None;
+        }
         let flat = state.arrays[key as usize].as_ref()?;
         Some(&flat.slice()[range])
     }
 
-    /// As [`RmsProp::state`], to restore it by writing.
+    /// As [`RmsProp::state`], to restore it by writing: [`StateKey::Ema`] too is there then.
     pub fn state_mut(&mut self, parameter: usize, key: StateKey) -> Option<&mut [T]> {
         let (group, index) = self.locate(parameter)?;
         let state = &mut self.groups[group].state;
         let range = state.ranges[index].clone();
         let flat = state.arrays[key as usize].as_mut()?;
+        state.has_ema[index] |= key == StateKey::Ema;
         Some(&mut flat.slice_mut()[range])
     }
 
@@ -376,18 +384,19 @@ impl<T: Real> Group<T> {
             false => &mut [],
         };
         let (ranges, steps) = (&state.ranges, &state.steps);
-        let [v, m, b] = state
+        let [v, m, b, e] = state
             .arrays
             .each_mut()
             .map(|flat| flat.as_mut().map(Flat::slice_mut));
         let mut v = used(StateKey::SquareAvg, v);
         let mut m = used(StateKey::GradAvg, m);
         let mut b = used(StateKey::MomentumBuffer, b);
+        let mut e = used(StateKey::Ema, e);
         let mut rules = RuleCache::default();
-        for (range, &step) in ranges.iter().zip(steps.iter()) {
+        for ((range, &step), &has_ema) in ranges.iter().zip(steps).zip(&state.has_ema) {
             let expected = range.len();
             let take = |rest: &mut &'a mut [T]| rest.split_off_mut(..expected).unwrap_or_default();
-            let (v, m, b) = (take(&mut v), take(&mut m), take(&mut b));
+            let (v, m, b, e) = (take(&mut v), take(&mut m), take(&mut b), take(&mut e));
             let Some((index, param)) = params.next() else {
                 break;
             };
@@ -408,8 +417,8 @@ impl<T: Real> Group<T> {
                 }
             }
             if let Some(g) = g {
-                let rule = rules.get(work, T::DTYPE, config, step);
-                work.push_slices(index, Slices { p, g, v, m, b }, rule);
+                let rule = rules.get(work, T::DTYPE, config, step, has_ema);
+                work.push_slices(index, Slices { p, g, v, m, b, e }, rule);
             }
         }
         Ok(())
@@ -427,7 +436,7 @@ pub(crate) fn code_of(isa: Isa) -> Result<Code, Error> {
 /// all without bias correction.
 #[derive(Default)]
 pub(crate) struct RuleCache {
-    last: Option<(DType, u64, u32)>,
+    last: Option<(DType, u64, bool, u32)>,
 }
 
 impl RuleCache {
@@ -439,6 +448,7 @@ impl RuleCache {
         dtype: DType,
         config: &Config,
         steps: u64,
+        has_ema: bool,
     ) -> u32 {
         let t = if config.bias_correction {
             steps.saturating_add(1)
@@ -446,15 +456,26 @@ impl RuleCache {
             1
         };
         match self.last {
-            Some((last_dtype, last, rule)) if last == t && last_dtype == dtype => rule,
-            _ => self.push(work, dtype, config, t),
+            Some((last_dtype, last, had_ema, rule))
+                if last == t && last_dtype == dtype && had_ema == has_ema =>
+            {
+                rule
+            }
+            _ => self.push(work, dtype, config, t, has_ema),
         }
     }
 
     #[cold]
-    fn push(&mut self, work: &mut Work<'_, '_>, dtype: DType, config: &Config, t: u64) -> u32 {
-        let rule = work.push_rule(AnyRule::new(dtype, config, t));
-        self.last = Some((dtype, t, rule));
+    fn push(
+        &mut self,
+        work: &mut Work<'_, '_>,
+        dtype: DType,
+        config: &Config,
+        t: u64,
+        has_ema: bool,
+    ) -> u32 {
+        let rule = work.push_rule(AnyRule::new(dtype, config, t, has_ema));
+        self.last = Some((dtype, t, has_ema, rule));
         rule
     }
 }

@@ -15,22 +15,29 @@ pub enum StateKey {
     GradAvg,
     /// b, the momentum buffer, with momentum. Starts at 0.
     MomentumBuffer,
+    /// e, the running mean of the parameter, with [`Config::ema_decay`]. Starts as the parameter is
+    /// before its first update, and is not there until then.
+    Ema,
 }
 
 impl StateKey {
     /// In the order of their fields wherever arrays are kept by key.
-    pub const ALL: [StateKey; 3] = [
+    pub const ALL: [StateKey; StateKey::COUNT] = [
         StateKey::SquareAvg,
         StateKey::GradAvg,
         StateKey::MomentumBuffer,
+        StateKey::Ema,
     ];
 
-    /// "square_avg", "grad_avg" or "momentum_buffer".
+    pub(crate) const COUNT: usize = 4;
+
+    /// "square_avg", "grad_avg", "momentum_buffer" or "ema".
     pub const fn name(self) -> &'static str {
         match self {
             StateKey::SquareAvg => "square_avg",
             StateKey::GradAvg => "grad_avg",
             StateKey::MomentumBuffer => "momentum_buffer",
+            StateKey::Ema => "ema",
         }
     }
 
@@ -45,10 +52,11 @@ impl StateKey {
             StateKey::SquareAvg => true,
             StateKey::GradAvg => config.centered,
             StateKey::MomentumBuffer => config.momentum > 0.0,
+            StateKey::Ema => config.ema_decay.is_some(),
         }
     }
 
-    /// The value that every element starts at.
+    /// The value that every element starts at; of [`StateKey::Ema`], before it is made the parameter's.
     pub fn start(self, config: &Config) -> f64 {
         if self == StateKey::SquareAvg {
             config.initial_square_avg
@@ -89,9 +97,11 @@ pub(crate) fn offset_apart(
 #[derive(Debug)]
 pub(crate) struct State<T> {
     /// By [`StateKey`]; none until the key is used.
-    pub arrays: [Option<Flat<T>>; 3],
+    pub arrays: [Option<Flat<T>>; StateKey::COUNT],
     /// Updates of each parameter.
     pub steps: Vec<u64>,
+    /// Whether each has an average.
+    pub has_ema: Vec<bool>,
     /// Where each parameter lies.
     pub ranges: Vec<Range<usize>>,
 }
@@ -122,21 +132,26 @@ impl<T: Real> State<T> {
         let out_of_memory = |_| Error::OutOfMemory {
             elements: lens.len(),
         };
-        let (mut ranges, mut steps) = (Vec::new(), Vec::new());
+        let (mut ranges, mut steps, mut has_ema) = (Vec::new(), Vec::new(), Vec::new());
         ranges
             .try_reserve_exact(lens.len())
             .map_err(out_of_memory)?;
         steps.try_reserve_exact(lens.len()).map_err(out_of_memory)?;
+        has_ema
+            .try_reserve_exact(lens.len())
+            .map_err(out_of_memory)?;
         let mut end = 0usize;
         for len in lens {
             let start = end;
             end = end.checked_add(*len).ok_or(Error::TooLarge)?;
             ranges.push(start..end);
             steps.push(0);
+            has_ema.push(false);
         }
         Ok(State {
             arrays: Default::default(),
             steps,
+            has_ema,
             ranges,
         })
     }
@@ -155,7 +170,7 @@ impl<T: Real> State<T> {
         // Where an allocator puts the large arrays of parameters and gradients.
         const USUAL: usize = 16;
         let mut others = vec![USUAL];
-        let mut new: [Option<Flat<T>>; 3] = Default::default();
+        let mut new: [Option<Flat<T>>; StateKey::COUNT] = Default::default();
         for key in StateKey::ALL {
             if self.arrays[key as usize].is_some() || !key.is_used(config) {
                 continue;

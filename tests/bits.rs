@@ -13,6 +13,7 @@ struct Reference<T> {
     v: Vec<T>,
     m: Vec<T>,
     b: Vec<T>,
+    e: Vec<T>,
     t: i32,
 }
 
@@ -25,6 +26,7 @@ impl<T: Real> Reference<T> {
             v,
             m: zero.clone(),
             b: zero,
+            e: p.to_vec(),
             t: 0,
         }
     }
@@ -58,6 +60,13 @@ impl<T: Real> Reference<T> {
         } else {
             (1.0, config.lr)
         };
+        // No step here changes the lr, so the first is the lr itself.
+        let decaying_lr = match config.corrected_weight_decay && config.lr != 0.0 {
+            true => config.lr * config.lr / config.lr,
+            false => config.lr,
+        };
+        let decay = one(decaying_lr * config.weight_decay);
+        let is_cautious = config.cautious_weight_decay && config.weight_decay > 0.0;
         let (alpha, rest) = (one(config.alpha), one(1.0 - config.alpha));
         for i in 0..self.p.len() {
             let (p, v, m, b) = (
@@ -69,7 +78,9 @@ impl<T: Real> Reference<T> {
             let mut g = one(if config.maximize { -1.0 } else { 1.0 }) * grad[i];
             if config.weight_decay > 0.0 {
                 if config.decoupled_weight_decay {
-                    *p = *p - one(config.lr * config.weight_decay) * *p;
+                    if !config.cautious_weight_decay {
+                        *p = *p - decay * *p;
+                    }
                 } else {
                     g = g + one(config.weight_decay) * *p;
                 }
@@ -84,15 +95,31 @@ impl<T: Real> Reference<T> {
                 }
             }
             let s = (d + one(eps_in)).sqrt() + one(eps_out);
-            if config.momentum > 0.0 {
-                let u = (one(lr_in) * g) / s;
-                *b = one(config.momentum) * *b + u;
-                *p = match config.nesterov {
-                    true => *p - one(lr_out) * (u + one(config.momentum) * *b),
-                    false => *p - one(lr_out) * *b,
-                };
+            let u = if config.momentum > 0.0 {
+                let step = (one(lr_in) * g) / s;
+                *b = one(config.momentum) * *b + step;
+                match config.nesterov {
+                    true => one(lr_out) * (step + one(config.momentum) * *b),
+                    false => one(lr_out) * *b,
+                }
             } else {
-                *p = *p - (one(config.lr) * g) / s;
+                (one(config.lr) * g) / s
+            };
+            let zero = T::ZERO;
+            let is_alike = u >= zero && *p >= zero || u <= zero && *p <= zero;
+            if is_cautious && is_alike {
+                *p = *p - decay * *p;
+            }
+            *p = *p - u;
+            if let Some(limit) = config.clip_weights.map(one) {
+                if *p > limit {
+                    *p = limit;
+                } else if *p < zero - limit {
+                    *p = zero - limit;
+                }
+            }
+            if let Some(decay) = config.ema_decay {
+                self.e[i] = one(decay) * self.e[i] + one(1.0 - decay) * *p;
             }
         }
     }
@@ -120,6 +147,12 @@ fn configs() -> impl Strategy<Value = Config> {
         any::<bool>(),
         any::<bool>(),
     );
+    let extras = (
+        any::<bool>(),
+        any::<bool>(),
+        prop::option::of(1e-3..2.0),
+        prop::option::of(0.0..1.0),
+    );
     let or_off = |values: std::ops::Range<f64>| prop_oneof![Just(0.0), values];
     let numbers = (
         0.0..0.1,
@@ -128,7 +161,8 @@ fn configs() -> impl Strategy<Value = Config> {
         or_off(0.0..0.1),
         or_off(0.1..0.99),
     );
-    (flags, numbers, 0..DIALECTS.len()).prop_map(|(flags, numbers, dialect)| {
+    (flags, numbers, extras, 0..DIALECTS.len()).prop_map(|(flags, numbers, extras, dialect)| {
+        let (cautious, corrected, clip_weights, ema_decay) = extras;
         let (centered, eps_in_sqrt, lr_in_momentum, nesterov, ..) = flags;
         let (_, _, _, _, bias_correction, decoupled, maximize) = flags;
         let (lr, alpha, eps, weight_decay, momentum) = numbers;
@@ -144,6 +178,10 @@ fn configs() -> impl Strategy<Value = Config> {
             nesterov,
             bias_correction,
             decoupled_weight_decay: decoupled,
+            cautious_weight_decay: decoupled && cautious,
+            corrected_weight_decay: decoupled && corrected,
+            clip_weights,
+            ema_decay,
             maximize,
             ..Config::dialect(DIALECTS[dialect]).unwrap()
         }
@@ -220,6 +258,9 @@ fn check<T: Real>(config: &Config, lens: &[usize], offset: usize, data: &[f64]) 
         );
         if config.centered {
             assert_eq!(bits(&state(StateKey::GradAvg)), bits(&wanted.m), "{isa:?}");
+        }
+        if config.ema_decay.is_some() {
+            assert_eq!(bits(&state(StateKey::Ema)), bits(&wanted.e), "{isa:?}");
         }
         if config.momentum > 0.0 {
             assert_eq!(

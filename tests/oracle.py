@@ -4,7 +4,7 @@ Written from the rule's definition, not from the kernel. Each line of the rule i
 line here and each NumPy operation one rounding in the type of the parameter; the
 hyperparameters are combined in float64 and rounded once. The symbols are the rule's:
 
-    p parameter, g gradient, v square_avg, m grad_avg, b momentum_buffer
+    p parameter, g gradient, v square_avg, m grad_avg, b momentum_buffer, e ema
 """
 
 import math
@@ -36,6 +36,7 @@ class Options:
     cautious_weight_decay: bool = False
     corrected_weight_decay: bool = False
     clip_weights: float | None = None
+    ema_decay: float | None = None
     maximize: bool = False
     max_grad_norm: float | None = None
     initial_lr: float | None = None  # a key of the group
@@ -89,6 +90,8 @@ def update(
     """Apply one step to one parameter and its state, in place."""
     T = p.dtype.type
     state["step"] += 1
+    if o.ema_decay is not None and "ema" not in state:
+        state["ema"] = p.copy()
     t = state["step"]
 
     grad_scale = T(-factor if o.maximize else factor)
@@ -137,6 +140,9 @@ def update(
     if o.clip_weights is not None:
         limit = T(o.clip_weights)
         p[...] = np.clip(p, -limit, limit)
+    if o.ema_decay is not None:
+        e = state["ema"]
+        e[...] = T(o.ema_decay) * e + T(1.0 - o.ema_decay) * p
 
 
 def power(a: float, t: int) -> float:

@@ -15,6 +15,7 @@ fn a_restored_optimizer_goes_on_bit_for_bit() {
         centered: true,
         momentum: 0.9,
         bias_correction: true,
+        ema_decay: Some(0.9),
         ..Config::tf1()
     };
     let mut opt = RmsProp::<f64>::new(config.clone(), &[3]).unwrap();
@@ -58,6 +59,43 @@ fn options_switched_on_later_start_their_state_and_switched_off_keep_it() {
     opt.set_config(0, Config::default()).unwrap();
     opt.step(&mut [&mut p], &[&GRADS[2]]).unwrap();
     assert_eq!(opt.state(0, StateKey::MomentumBuffer), Some(&kept[..]));
+}
+
+#[test]
+fn an_average_begins_as_the_parameter_before_its_first_update() {
+    let config = Config {
+        ema_decay: Some(1.0),
+        ..Config::default()
+    };
+    let mut opt = RmsProp::<f64>::new(config, &[3, 3]).unwrap();
+    let (mut p, mut q) = ([1.0; 3], [2.0; 3]);
+    assert_eq!(opt.state(0, StateKey::Ema), None);
+    opt.step_some(&mut [&mut p, &mut q], &[Some(&GRADS[0]), None])
+        .unwrap();
+    assert_ne!(p, [1.0; 3]);
+    assert_eq!(opt.state(0, StateKey::Ema), Some(&[1.0; 3][..]));
+    assert_eq!(opt.state(1, StateKey::Ema), None);
+}
+
+#[test]
+fn corrected_decay_notes_the_first_lr() {
+    let config = Config {
+        lr: 0.1,
+        weight_decay: 0.5,
+        decoupled_weight_decay: true,
+        corrected_weight_decay: true,
+        ..Config::default()
+    };
+    let mut opt = RmsProp::<f64>::new(config, &[1]).unwrap();
+    let mut p = [1.0];
+    opt.set_lr(0.2).unwrap();
+    opt.step(&mut [&mut p], &[&[0.0]]).unwrap();
+    assert_eq!(opt.config(0).unwrap().initial_lr, Some(0.2));
+    assert_eq!(p, [1.0 - 0.2 * 0.2 / 0.2 * 0.5]);
+    opt.set_lr(0.1).unwrap();
+    let before = p[0];
+    opt.step(&mut [&mut p], &[&[0.0]]).unwrap();
+    assert_eq!(p, [before - 0.1 * 0.1 / 0.2 * 0.5 * before]);
 }
 
 #[test]

@@ -70,6 +70,7 @@ OPTIONS = st.fixed_dictionaries(
         "cautious_weight_decay": st.booleans(),
         "corrected_weight_decay": st.booleans(),
         "clip_weights": st.sampled_from([None, 1e-45, 0.1]),
+        "ema_decay": st.none() | st.floats(0, 1),
         "maximize": st.booleans(),
     },
 ).map(possible)

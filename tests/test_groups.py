@@ -24,6 +24,7 @@ DEFAULTS = {
     "cautious_weight_decay": False,
     "corrected_weight_decay": False,
     "clip_weights": None,
+    "ema_decay": None,
     "maximize": False,
 }
 CHANGED = {
@@ -42,6 +43,7 @@ CHANGED = {
     "cautious_weight_decay": True,
     "corrected_weight_decay": True,
     "clip_weights": 0.5,
+    "ema_decay": 0.5,
     "maximize": True,
 }
 

@@ -18,6 +18,7 @@ VALUES = {
     "bias_correction": True,
     "decoupled_weight_decay": True,
     "clip_weights": 0.5,
+    "ema_decay": 0.5,
     "maximize": True,
 }
 EACH = pytest.mark.parametrize("name, value", VALUES.items(), ids=VALUES)

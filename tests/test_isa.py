@@ -59,7 +59,7 @@ def print_digests():
     for dtype, *chosen in itertools.product(("float32", "float64"), *later.values()):
         options = dict(zip(later, chosen, strict=True))
         for decay in ({}, CAUTIOUS):
-            every = {**options, **decay, "clip_weights": 0.5}
+            every = {**options, **decay, "clip_weights": 0.5, "ema_decay": 0.9}
             print(dtype, every, digest(dtype, **every))
     big = np.random.default_rng(0).standard_normal(1_000_000).astype(np.float32)
     opt = rmsprop.RMSprop([np.zeros_like(big)], max_grad_norm=1.0)

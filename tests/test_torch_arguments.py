@@ -34,6 +34,7 @@ OWN_DEFAULTS = {
     "cautious_weight_decay": False,
     "corrected_weight_decay": False,
     "clip_weights": None,
+    "ema_decay": None,
     "max_grad_norm": None,
     "nonfinite": "propagate",
     "contiguous_params": False,

@@ -505,6 +505,7 @@ OWN = {
     "bias_correction": {"bias_correction": True},
     "decoupled_weight_decay": {"decoupled_weight_decay": True, "weight_decay": 0.1},
     "clip_weights": {"clip_weights": 1.0},
+    "ema_decay": {"ema_decay": 0.5},
     "max_grad_norm": {"max_grad_norm": 1.0},
     "nonfinite": {"nonfinite": "skip"},
 }

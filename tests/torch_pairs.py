@@ -36,6 +36,7 @@ OWN = {
     "bias_correction": True,
     "decoupled_weight_decay": True,
     "clip_weights": 1.0,
+    "ema_decay": 0.5,
 }
 
 

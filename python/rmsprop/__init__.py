@@ -1,7 +1,7 @@
 """RMSprop for CPU training as one fused pass.
 
 For each element of a parameter p with gradient grad, where v is the state
-``square_avg``, m ``grad_avg`` and b ``momentum_buffer``, in this order, each
+``square_avg``, m ``grad_avg``, b ``momentum_buffer`` and e ``ema``, in this order, each
 operation rounded once in the type of the parameter::
 
     g = grad_scale * grad                -1 to maximize, times the clipping factor
@@ -14,6 +14,7 @@ operation rounded once in the type of the parameter::
     b = momentum * b + (lr_in * g) / s   one of lr_in and lr_out is lr, the other 1
     p = p - lr_out * b                   nesterov: lr_out*((lr_in*g)/s + momentum*b)
     p = min(max(p, -limit), limit)       with clip_weights
+    e = ema_decay * e + (1 - ema_decay) * p   with ema_decay
 
 Decoupled decay is left out, with ``cautious_weight_decay``, where what is subtracted of p
 at the end has not its sign; with ``corrected_weight_decay`` its factor is

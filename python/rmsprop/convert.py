@@ -121,6 +121,7 @@ _OFF = {
     "cautious_weight_decay": False,
     "corrected_weight_decay": False,
     "clip_weights": None,
+    "ema_decay": None,
 }
 
 

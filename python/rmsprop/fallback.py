@@ -7,6 +7,7 @@ Python looks at each tensor; the arithmetic is the core's, or torch's.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
+from rmsprop import average
 from rmsprop.torch_names import (
     check_capture,
     has_transforms,
@@ -26,7 +28,7 @@ from rmsprop.torch_names import (
 Group: TypeAlias = dict[str, Any]
 #: A group's place in ``opt.param_groups`` and a parameter's place in the group.
 Place: TypeAlias = tuple[int, int]
-#: p, g, square_avg, grad_avg, momentum_buffer, step: what the core is given. None for state that
+#: p, g, square_avg, grad_avg, momentum_buffer, ema, step: what the core is given. None for state that
 #: is not used.
 Row: TypeAlias = tuple[Any, ...]
 
@@ -205,6 +207,7 @@ def _own_options(opt: Steps, group: Group) -> list[str]:
         "bias_correction": group.get("bias_correction"),
         "decoupled_weight_decay": group.get("decoupled_weight_decay") and decays,
         "clip_weights": group.get("clip_weights") is not None,
+        "ema_decay": group.get("ema_decay") is not None,
         "max_grad_norm": opt.max_grad_norm is not None,
         "nonfinite": opt.nonfinite != "propagate",
     }
@@ -231,7 +234,8 @@ def _row(odd: Odd) -> Row:
         grad = grad.resolve_conj().resolve_neg()
     m = entry["grad_avg"] if odd.group["centered"] else None
     b = entry["momentum_buffer"] if odd.group["momentum"] > 0 else None
-    tensors: tuple[Any, ...] = (p, grad, entry["square_avg"], m, b)
+    e = entry["ema"] if odd.group.get("ema_decay") is not None else None
+    tensors: tuple[Any, ...] = (p, grad, entry["square_avg"], m, b, e)
     if is_dtensor(p) and all(x is None or _is_placed_like(x, p) for x in tensors):
         tensors = tuple(x if x is None else shard(x) for x in tensors)
     return (*tensors, entry["step"])
@@ -302,15 +306,18 @@ def missing_state(p: Tensor, entry: Group, group: Group) -> Group:
     for place, (key, is_used, value) in enumerate(keys, start=1):
         if is_used and key not in entry:
             new[key] = _filled_like(p, value, place)
+    if group.get("ema_decay") is not None and "ema" not in entry:
+        new["ema"] = _filled_like(p, None, len(keys) + 1)
     return new
 
 
-def _filled_like(p: Tensor, value: float, place: int) -> Tensor:
-    """A tensor like the parameter; complex ones have the value in both parts."""
+def _filled_like(p: Tensor, value: float | None, place: int) -> Tensor:
+    """A tensor like the parameter, with its values or one; complex ones have that in both parts."""
     if not _is_host_array(p):
-        if torch.is_complex(p):
-            value = complex(value, value)  # type: ignore[assignment]
-        return torch.full_like(p, value, memory_format=torch.preserve_format)
+        if value is None:
+            return p.detach().clone(memory_format=torch.preserve_format)
+        of_all: Any = complex(value, value) if torch.is_complex(p) else value
+        return torch.full_like(p, of_all, memory_format=torch.preserve_format)
     like = torch.empty_like(p, memory_format=torch.preserve_format)
     size = like.element_size()
     # Loads wait for stores to the same address modulo a page: state begins elsewhere than the
@@ -325,7 +332,8 @@ def _filled_like(p: Tensor, value: float, place: int) -> Tensor:
             )
     # Not by torch's threads, which a process that was forked would wait for for ever.
     array = torch.view_as_real(like) if torch.is_complex(like) else like
-    array.numpy()[...] = value
+    own = torch.view_as_real(p) if torch.is_complex(p) else p
+    array.numpy()[...] = own.detach().numpy() if value is None else value
     return like
 
 
@@ -341,6 +349,24 @@ def _is_host_array(p: Tensor) -> bool:
 
 
 _NUMPY_DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+def averaged(opt: Steps) -> AbstractContextManager[None]:
+    """A context in which parameters and their averages have changed places."""
+    tensors: list[Tensor] = []
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if "ema" in opt.state.get(p, {}):
+                tensors += [p, opt.state[p]["ema"]]
+    tensors = [shard(x) if is_dtensor(x) else x for x in tensors]
+    arrays = [_as_array(x) for x in tensors]
+    pairs = list(zip(arrays[::2], arrays[1::2]))
+    return average.averaged(opt._stepper, pairs, tensors)
+
+
+def _as_array(tensor: Tensor) -> Any:
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor) if torch.is_complex(tensor) else tensor).numpy()
 
 
 def count_of(value: float, p: Tensor, group: Group) -> Tensor:

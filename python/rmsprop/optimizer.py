@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overl
 import numpy as np
 
 from rmsprop import _core
+from rmsprop.average import averaged
 from rmsprop.state import State, as_ndarray, checked, copied, restore
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from typing_extensions import Self, Unpack
 
     from rmsprop.types import Dialect, DialectOptions, Nonfinite, Overrides, Params
@@ -27,6 +30,7 @@ _FREE = {
     *("lr", "maximize", "max_grad_norm", "nonfinite", "contiguous_params", "threads"),
     *("capturable", "foreach", "differentiable"),
     *("cautious_weight_decay", "corrected_weight_decay", "clip_weights"),
+    "ema_decay",
 }
 
 
@@ -145,6 +149,9 @@ class RMSprop(_core.Optimizer):
             that schedulers write, or else the first step. Needs ``decoupled_weight_decay``.
         clip_weights: keeps parameters from ``-clip_weights`` to ``clip_weights``, after the
             update (WGAN); None for no limit.
+        ema_decay: keeps an average of each parameter, the state ``ema``, in the same pass:
+            ``e = ema_decay * e + (1 - ema_decay) * p``, after the update, from the parameter
+            before its first one on. :meth:`averaged` puts it in the parameter's place.
         maximize: climbs.
         max_grad_norm: scales all gradients together by
             ``min(1, max_grad_norm / (norm + 1e-6))``, norm the L2 norm over every
@@ -195,6 +202,7 @@ class RMSprop(_core.Optimizer):
     cautious_weight_decay = _Hyperparameter[bool]()
     corrected_weight_decay = _Hyperparameter[bool]()
     clip_weights = _Hyperparameter["float | None"]()
+    ema_decay = _Hyperparameter["float | None"]()
     maximize = _Hyperparameter[bool]()
 
     def __init__(
@@ -218,6 +226,7 @@ class RMSprop(_core.Optimizer):
         cautious_weight_decay: bool = False,
         corrected_weight_decay: bool = False,
         clip_weights: float | None = None,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         threads: int | None = None,
@@ -240,6 +249,7 @@ class RMSprop(_core.Optimizer):
             "cautious_weight_decay": cautious_weight_decay,
             "corrected_weight_decay": corrected_weight_decay,
             "clip_weights": clip_weights,
+            "ema_decay": ema_decay,
         }
         _core.check_options(self.defaults, "")
         self.max_grad_norm = max_grad_norm
@@ -280,6 +290,7 @@ class RMSprop(_core.Optimizer):
 
     def _add(self, groups: list[_Group]) -> None:
         """Completes groups from the defaults and adds them, all or none."""
+        self._check_trained("add_param_group")
         complete = []
         for options, objects, names in groups:
             names = [
@@ -373,6 +384,33 @@ class RMSprop(_core.Optimizer):
                         p.grad = array * array.dtype.type(factor)
         return [norm for _, _, norm, _ in clips]
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Returns a context in which the parameters hold their averages, in place.
+
+        They have their own values again after it, also after an exception. A parameter
+        without ``ema`` keeps its value. Inside, ``step``, ``state_dict``, ``load_state_dict``,
+        ``add_param_group`` and ``averaged`` itself are RuntimeErrors.
+
+        Example:
+            >>> w = np.ones(2)
+            >>> opt = RMSprop([w], lr=0.1, ema_decay=0.5)
+            >>> opt.step(grads=[np.ones(2)])
+            >>> with opt.averaged():
+            ...     print(w)
+            [0.50000005 0.50000005]
+            >>> w
+            array([9.99999950e-08, 9.99999950e-08])
+        """
+        self._check_trained("averaged")
+        params = [p for group in self.param_groups for p in group["params"]]
+        entries = self.state.values()
+        pairs = [
+            (p, entry["ema"]) for p, entry in zip(params, entries) if "ema" in entry
+        ]
+        torch = sys.modules.get("torch")
+        tensors = [p for p, _ in pairs if torch and isinstance(p, torch.Tensor)]
+        return averaged(self, [(as_ndarray(p), ema) for p, ema in pairs], tensors)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state and the options, in torch's shape; arrays are copies.
 
@@ -380,6 +418,7 @@ class RMSprop(_core.Optimizer):
             >>> sorted(RMSprop([np.ones(2)]).state_dict())
             ['param_groups', 'state']
         """
+        self._check_trained("state_dict")
         state = {
             index: {key: copied(value) for key, value in entry.items()}
             for index, entry in self.state.items()
@@ -403,6 +442,7 @@ class RMSprop(_core.Optimizer):
         self._take(self._checked_state_dict(state_dict))
 
     def _checked_state_dict(self, state_dict: Mapping[str, Any]) -> _Loaded:
+        self._check_trained("load_state_dict")
         try:
             saved_groups = list(state_dict["param_groups"])
             saved_state = dict(state_dict["state"])

@@ -70,7 +70,8 @@ class State(MutableMapping[int, Any]):
 
 class ParameterState(MutableMapping[str, Any]):
     """The state of one parameter: ``step`` and the arrays ``square_avg``, with
-    centered ``grad_avg``, with momentum ``momentum_buffer``.
+    centered ``grad_avg``, with momentum ``momentum_buffer``, with ema_decay ``ema``, which is
+    not there before the first update.
 
     An array is a view of the optimizer's memory: what is written into it counts at the
     next step. Assigning checks and copies.
@@ -121,9 +122,12 @@ class ParameterState(MutableMapping[str, Any]):
         """Not offered: every key keeps a value, so it would have no end."""
         raise TypeError("state: expected pop(key), for keys never run out")
 
-    def _start(self, key: str) -> Any:
+    def _start(self, key: str, square_avg: float | None = None) -> Any:
+        """What a key starts at; None for an average, which starts as its parameter."""
         if key != "square_avg":
-            return 0
+            return None if key == "ema" else 0
+        if square_avg is not None:
+            return square_avg
         group = self._optimizer._group_index(self._index)
         return self._optimizer.param_groups[group]["initial_square_avg"]
 
@@ -144,7 +148,7 @@ def restore(
         group = optimizer._group_index(index)
         start = (options or optimizer.param_groups)[group]["initial_square_avg"]
         keys = ParameterState(optimizer, index)
-        starts = {key: start if key == "square_avg" else 0 for key in keys}
+        starts = {key: keys._start(key, start) for key in keys}
         whole.append((index, {**starts, **entry}))
     optimizer._restore(whole, options, list(written))
 

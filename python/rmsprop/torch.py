@@ -37,6 +37,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from rmsprop import _core, backward, fallback, torch_names
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rmsprop.types import Nonfinite
 
 __all__ = ["RMSprop"]
@@ -96,6 +98,9 @@ class RMSprop(Optimizer):
             that schedulers write, or else the first step. Needs ``decoupled_weight_decay``.
         clip_weights: keeps parameters from ``-clip_weights`` to ``clip_weights``, after the
             update (WGAN); None for no limit.
+        ema_decay: keeps an average of each parameter, the state ``ema``, in the same pass:
+            ``e = ema_decay * e + (1 - ema_decay) * p``, after the update, from the parameter
+            before its first one on. :meth:`averaged` puts it in the parameter's place.
         max_grad_norm: scales all gradients together by
             ``min(1, max_grad_norm / (norm + 1e-6))``, as ``clip_grad_norm_`` before the
             step does; the gradients are not written. ``last_grad_norm`` is the norm.
@@ -161,6 +166,7 @@ class RMSprop(Optimizer):
         cautious_weight_decay: bool = False,
         corrected_weight_decay: bool = False,
         clip_weights: float | None = None,
+        ema_decay: float | None = None,
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         contiguous_params: bool = False,
@@ -191,6 +197,7 @@ class RMSprop(Optimizer):
             "cautious_weight_decay": cautious_weight_decay,
             "corrected_weight_decay": corrected_weight_decay,
             "clip_weights": clip_weights,
+            "ema_decay": ema_decay,
             "contiguous_params": contiguous_params,
         }
         defaults = {
@@ -209,6 +216,8 @@ class RMSprop(Optimizer):
         # Groups and checkpoints of a plain RMSprop have the very keys that torch's have:
         # torch.distributed.checkpoint insists on them.
         used = {key: value for key, value in own.items() if value}
+        if ema_decay is not None:  # 0 is none of torch's either
+            used["ema_decay"] = ema_decay
         super().__init__(params, {**defaults, **used})
 
     # Made when first needed: they are in no pickle, and a subclass may call
@@ -266,6 +275,7 @@ class RMSprop(Optimizer):
         return self._stepper.skipped_steps
 
     def __getstate__(self) -> dict[str, Any]:
+        self._stepper._check_trained("pickle")
         own = {key: getattr(self, key) for key in (*_OF_OPTIMIZER, "skipped_steps")}
         return {**super().__getstate__(), **own}
 
@@ -304,12 +314,18 @@ class RMSprop(Optimizer):
                 if entry and not torch.is_tensor(entry["step"]):
                     entry["step"] = fallback.count_of(entry["step"], p, group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state and the options, as every torch optimizer does."""
+        self._stepper._check_trained("state_dict")
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class, ``torch.optim.RMSprop`` or ``rmsprop.RMSprop`` saved.
 
         Options that the checkpoint does not have stay as they are. As with every torch
         optimizer, tensors that need no other dtype or device are not copied; arrays are.
         """
+        self._stepper._check_trained("load_state_dict")
         # After the hooks of others, which may make something else of a checkpoint.
         handle = self.register_load_state_dict_pre_hook(_take_arrays)
         try:
@@ -324,6 +340,7 @@ class RMSprop(Optimizer):
             TypeError, ValueError: as torch; ValueError for a bad value of an option that
                 torch does not have. No group is added then.
         """
+        self._stepper._check_trained("add_param_group")
         super().add_param_group(param_group)
         try:
             place = f" of group {len(self.param_groups) - 1}"
@@ -397,6 +414,25 @@ class RMSprop(Optimizer):
         if self._in_backward is not None:
             self._in_backward.begin_update()
         super().zero_grad(set_to_none)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Returns a context in which the parameters hold their averages, in place.
+
+        They have their own values again after it, also after an exception. A parameter
+        without ``ema`` keeps its value. Inside, ``step``, ``state_dict``, ``load_state_dict``,
+        ``add_param_group`` and ``averaged`` itself are RuntimeErrors.
+
+        Example:
+            >>> net = torch.nn.Linear(1, 1, bias=False)
+            >>> opt = RMSprop(net.parameters(), ema_decay=0.9)
+            >>> net(torch.ones(1)).backward()
+            >>> opt.step()
+            >>> with opt.averaged():
+            ...     torch.equal(net.weight, opt.state[net.weight]["ema"])
+            False
+        """
+        self._stepper._check_trained("averaged")
+        return fallback.averaged(self)
 
     def step_in_backward(self) -> backward.Handle:
         """Steps each parameter inside the backward, as soon as its gradient is complete.

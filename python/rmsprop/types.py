@@ -63,6 +63,7 @@ class Overrides(TypedDict, total=False):
     cautious_weight_decay: bool
     corrected_weight_decay: bool
     clip_weights: float | None
+    ema_decay: float | None
     max_grad_norm: float | None
     nonfinite: Nonfinite
     contiguous_params: bool

@@ -154,13 +154,13 @@ macro_rules! block {
             fn where_alike(self, x: Self, y: Self) -> Self {
                 // SAFETY: as in `operator!`.
                 unsafe {
-                    let zero = setzero();
-                    let is_alike: [_; 4] = std::array::from_fn(|k| {
-                        let (x, y) = (x.0[k], y.0[k]);
-                        cmp::<_CMP_GE_OQ>(x, zero) & cmp::<_CMP_GE_OQ>(y, zero)
-                            | cmp::<_CMP_LE_OQ>(x, zero) & cmp::<_CMP_LE_OQ>(y, zero)
-                    });
-                    Block(each!(blend, is_alike, [zero; 4], self.0))
+                    let zero = [setzero(); 4];
+                    let [x_up, y_up] = [x, y].map(|x| x.0.map(|x| cmp::<_CMP_GE_OQ>(x, zero[0])));
+                    let [x_down, y_down] =
+                        [x, y].map(|x| x.0.map(|x| cmp::<_CMP_LE_OQ>(x, zero[0])));
+                    let is_alike: [_; 4] =
+                        std::array::from_fn(|k| x_up[k] & y_up[k] | x_down[k] & y_down[k]);
+                    Block(each!(blend, is_alike, zero, self.0))
                 }
             }
         }

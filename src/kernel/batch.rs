@@ -180,15 +180,15 @@ impl<'a> Work<'_, 'a> {
     /// Adds the parameter of that index. The slices that the rule uses have its length.
     #[allow(unsafe_code)]
     pub fn push_slices<T: Real>(&mut self, index: usize, slices: Slices<'a, T>, rule: u32) {
-        let Slices { p, g, v, m, b } = slices;
+        let Slices { p, g, v, m, b, e } = slices;
         let numel = p.len();
         let any = &self.batch.rules[rule as usize];
-        let lens = [numel, g.len(), v.len(), m.len(), b.len()];
+        let lens = [numel, g.len(), v.len(), m.len(), b.len(), e.len()];
         assert!(any.dtype() == T::DTYPE && any.roles().all(|role| lens[role as usize] == numel));
-        let arrays = [p.as_mut_ptr(), g.as_ptr().cast_mut(), v.as_mut_ptr()];
-        let [p, g, v] = arrays.map(<*mut T>::cast);
+        let g = g.as_ptr().cast_mut();
+        let [p, v, m, b, e] = [p, v, m, b, e].map(<[T]>::as_mut_ptr);
         let piece = Piece {
-            arrays: [p, g, v, m.as_mut_ptr().cast(), b.as_mut_ptr().cast()],
+            arrays: [p, g, v, m, b, e].map(<*mut T>::cast),
             numel,
             index: index as u32,
             rule,

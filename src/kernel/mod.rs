@@ -28,10 +28,11 @@ pub(crate) enum Role {
     SquareAvg,
     GradAvg,
     MomentumBuffer,
+    Ema,
 }
 
 /// How many roles there are.
-pub(crate) const ROLES: usize = 5;
+pub(crate) const ROLES: usize = 6;
 
 impl Role {
     /// In their order.
@@ -41,6 +42,7 @@ impl Role {
         Role::SquareAvg,
         Role::GradAvg,
         Role::MomentumBuffer,
+        Role::Ema,
     ];
 
     /// The key of the state that it is.
@@ -52,6 +54,7 @@ impl Role {
             Role::SquareAvg => Some(StateKey::SquareAvg),
             Role::GradAvg => Some(StateKey::GradAvg),
             Role::MomentumBuffer => Some(StateKey::MomentumBuffer),
+            Role::Ema => Some(StateKey::Ema),
         }
     }
 

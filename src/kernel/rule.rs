@@ -101,12 +101,22 @@ pub(crate) enum Decay {
     Cautious,
 }
 
+/// Whether an average of the parameter is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Average {
+    Off,
+    /// It begins as the parameter is before this update.
+    Begins,
+    On,
+}
+
 /// The hyperparameters of one update in the compute type `T`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Rule<T> {
     pub centered: bool,
     pub momentum_form: Momentum,
     pub decay_form: Decay,
+    pub average_form: Average,
     /// -1 when maximizing, times the clipping factor.
     pub grad_scale: T,
     pub weight_decay: T,
@@ -122,11 +132,14 @@ pub(crate) struct Rule<T> {
     pub lr_in: T,
     pub lr_out: T,
     pub clip_weights: Option<T>,
+    pub ema_decay: T,
+    pub one_minus_ema_decay: T,
 }
 
 impl<T: Real> Rule<T> {
-    /// What `config` means for a parameter's update number `t`, counted from 1.
-    pub fn new(config: &Config, t: u64) -> Self {
+    /// What `config` means for a parameter's update number `t`, counted from 1. `has_ema`: it has an
+    /// average already.
+    pub fn new(config: &Config, t: u64, has_ema: bool) -> Self {
         let Config {
             lr,
             alpha,
@@ -156,6 +169,7 @@ impl<T: Real> Rule<T> {
             }
             _ => lr,
         };
+        let ema_decay = config.ema_decay.unwrap_or(0.0);
         Rule {
             centered: config.centered,
             momentum_form: match (momentum > 0.0, config.nesterov) {
@@ -168,6 +182,11 @@ impl<T: Real> Rule<T> {
                 (true, false) => Decay::L2,
                 (true, true) if config.cautious_weight_decay => Decay::Cautious,
                 (true, true) => Decay::Decoupled,
+            },
+            average_form: match (config.ema_decay, has_ema) {
+                (None, _) => Average::Off,
+                (Some(_), false) => Average::Begins,
+                (Some(_), true) => Average::On,
             },
             grad_scale: T::from_f64(if config.maximize { -1.0 } else { 1.0 }),
             weight_decay: T::from_f64(weight_decay),
@@ -182,6 +201,8 @@ impl<T: Real> Rule<T> {
             lr_in: T::from_f64(lr_in),
             lr_out: T::from_f64(lr_out),
             clip_weights: config.clip_weights.map(T::from_f64),
+            ema_decay: T::from_f64(ema_decay),
+            one_minus_ema_decay: T::from_f64(1.0 - ema_decay),
         }
     }
 
@@ -192,6 +213,7 @@ impl<T: Real> Rule<T> {
             centered: self.centered,
             momentum_form: self.momentum_form,
             decay_form: self.decay_form,
+            average_form: self.average_form,
             grad_scale: L::splat(proof, self.grad_scale),
             weight_decay: L::splat(proof, self.weight_decay),
             lr_weight_decay: L::splat(proof, self.lr_weight_decay),
@@ -204,7 +226,9 @@ impl<T: Real> Rule<T> {
             lr: L::splat(proof, self.lr),
             lr_in: L::splat(proof, self.lr_in),
             lr_out: L::splat(proof, self.lr_out),
-            clip_weights: None, // Not in lanes.
+            clip_weights: None, // What is done in a second pass is not done in lanes.
+            ema_decay: L::splat(proof, self.ema_decay),
+            one_minus_ema_decay: L::splat(proof, self.one_minus_ema_decay),
         }
     }
 
@@ -217,13 +241,21 @@ impl<T: Real> Rule<T> {
     /// Whether there is something to do once the parameter is updated.
     #[inline(always)]
     pub fn has_second_pass(&self) -> bool {
-        self.clip_weights.is_some()
+        self.clip_weights.is_some() || self.average_form != Average::Off
     }
 
     /// Whether the arrays of a role are read or written.
     #[inline(always)]
     pub fn uses(&self) -> [bool; ROLES] {
-        [true, true, true, self.centered, self.has_momentum()]
+        let averages = self.average_form != Average::Off;
+        [
+            true,
+            true,
+            true,
+            self.centered,
+            self.has_momentum(),
+            averages,
+        ]
     }
 
     fn clip(&mut self, factor: f64) {
@@ -251,10 +283,10 @@ pub(super) use with_rule;
 
 impl AnyRule {
     /// As [`Rule::new`], for parameters that compute in this type.
-    pub fn new(dtype: DType, config: &Config, t: u64) -> Self {
+    pub fn new(dtype: DType, config: &Config, t: u64, has_ema: bool) -> Self {
         match dtype {
-            DType::F64 => AnyRule::F64(Rule::new(config, t)),
-            _ => AnyRule::F32(Rule::new(config, t)),
+            DType::F64 => AnyRule::F64(Rule::new(config, t, has_ema)),
+            _ => AnyRule::F32(Rule::new(config, t, has_ema)),
         }
     }
 
@@ -296,13 +328,14 @@ fn power(mut base: f64, mut exponent: u64) -> f64 {
 }
 
 /// The same elements of the arrays of one parameter, all of `p.len()` elements; `m` is empty unless
-/// centered, `b` is empty without momentum.
+/// centered, `b` without momentum, `e` without an average.
 pub(crate) struct Slices<'a, T> {
     pub p: &'a mut [T],
     pub g: &'a [T],
     pub v: &'a mut [T],
     pub m: &'a mut [T],
     pub b: &'a mut [T],
+    pub e: &'a mut [T],
 }
 
 impl<'a, T: Real> Slices<'a, T> {
@@ -327,6 +360,7 @@ impl<'a, T: Real> Slices<'a, T> {
                 v: &mut *slice(Role::SquareAvg),
                 m: &mut *slice(Role::GradAvg),
                 b: &mut *slice(Role::MomentumBuffer),
+                e: &mut *slice(Role::Ema),
             }
         }
     }
@@ -341,6 +375,7 @@ impl<T> Slices<'_, T> {
             v: self.v,
             m: self.m,
             b: self.b,
+            e: self.e,
         }
     }
 
@@ -354,13 +389,15 @@ impl<T> Slices<'_, T> {
         let (v, rest_v) = cut(self.v, element);
         let (m, rest_m) = cut(self.m, element);
         let (b, rest_b) = cut(self.b, element);
+        let (e, rest_e) = cut(self.e, element);
         let rest = Slices {
             p: rest_p,
             g: rest_g,
             v: rest_v,
             m: rest_m,
             b: rest_b,
+            e: rest_e,
         };
-        (Slices { p, g, v, m, b }, rest)
+        (Slices { p, g, v, m, b, e }, rest)
     }
 }

@@ -1,14 +1,14 @@
 //! The update rule, once: one line of code for each line of the formula.
 //!
-//! Symbols: `p` parameter, `g` gradient, `v` square_avg, `m` grad_avg, `b` momentum_buffer, all at
-//! one index; `h` holds the hyperparameters, already rounded to the compute type `T`.
+//! Symbols: `p` parameter, `g` gradient, `v` square_avg, `m` grad_avg, `b` momentum_buffer, `e` ema,
+//! all at one index; `h` holds the hyperparameters, already rounded to the compute type `T`.
 //!
 //! Every operation rounds once. There is no `mul_add` here and Rust never contracts `a * b + c`, so
 //! the bits do not depend on the instruction set that [`isa`](super::isa) compiles this
 //! for.
 
 use super::lanes::Lanes;
-use super::rule::{Decay, Momentum, Real, Rule, Slices};
+use super::rule::{Average, Decay, Momentum, Real, Rule, Slices};
 
 /// One pass over dense arrays. The options are constants, so a line that is off is not computed at
 /// all: `0 * inf` would be NaN.
@@ -136,6 +136,9 @@ fn each<'a, T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, cons
             while !slices.p.is_empty() {
                 let len = IN_CACHE.min(slices.p.len());
                 let (mut part, others) = slices.split_at(len);
+                if h.average_form == Average::Begins {
+                    part.e.copy_from_slice(part.p);
+                }
                 one::<T, L, CENTERED, MOMENTUM, DECAY>(proof, part.reborrow(), h);
                 pass_again(part, h);
                 slices = others;
@@ -155,13 +158,13 @@ fn one<T: Real, L: Lanes<T>, const CENTERED: bool, const MOMENTUM: u8, const DEC
 ) {
     let rest = if L::COUNT > 1 && slices.p.len() >= L::FROM {
         let len = slices.p.len() / L::COUNT * L::COUNT;
-        let (Slices { p, g, v, m, b }, rest) = slices.split_at(len);
+        let (Slices { p, g, v, m, b, .. }, rest) = slices.split_at(len);
         sweep::<T, L, CENTERED, MOMENTUM, DECAY>(proof, p, g, v, m, b, h);
         rest
     } else {
         slices
     };
-    let Slices { p, g, v, m, b } = rest;
+    let Slices { p, g, v, m, b, .. } = rest;
     sweep::<T, T::One, CENTERED, MOMENTUM, DECAY>((), p, g, v, m, b, h);
 }
 
@@ -172,12 +175,18 @@ const IN_CACHE: usize = 1024;
 /// number of its forms.)
 #[inline(always)]
 fn pass_again<T: Real>(slices: Slices<'_, T>, h: &Rule<T>) {
+    let Slices { p, e, .. } = slices;
     if let Some(limit) = h.clip_weights {
         let least = T::ZERO - limit;
-        for p in slices.p {
+        for p_i in &mut *p {
             // A NaN stays one.
-            *p = if *p > limit { limit } else { *p };
-            *p = if *p < least { least } else { *p };
+            *p_i = if *p_i > limit { limit } else { *p_i };
+            *p_i = if *p_i < least { least } else { *p_i };
+        }
+    }
+    if h.average_form != Average::Off {
+        for (e_i, &p_i) in e.iter_mut().zip(&*p) {
+            *e_i = h.ema_decay * *e_i + h.one_minus_ema_decay * p_i;
         }
     }
 }

@@ -53,6 +53,8 @@ struct ArraySession {
     /// Updates of each parameter. (Counted in the parameters themselves, which are large, a step of
     /// many small ones takes 3 % longer.)
     steps: Vec<u64>,
+    /// Whether each has an average.
+    has_ema: Vec<bool>,
     /// Whether this step updates it.
     stepped: Vec<bool>,
     destinations: Destinations,
@@ -80,6 +82,7 @@ impl Optimizer {
             params: Vec::new(),
             foreign: Vec::new(),
             steps: Vec::new(),
+            has_ema: Vec::new(),
             stepped: Vec::new(),
             destinations: Destinations::default(),
             batch: Batch::new(code_of(isa()?)?),
@@ -116,6 +119,7 @@ impl Optimizer {
         let params = std::mem::take(&mut contents.params);
         contents.foreign.clear();
         contents.steps.clear();
+        contents.has_ema.clear();
         contents.gradients.clear();
         contents.destinations.forget();
         // Dropping may run Python code, which may come back here.
@@ -179,7 +183,7 @@ impl Optimizer {
         let grads = Grads::new(grads)?;
         let groups = this.groups(py);
         let mut turn = this.contents.wait(py)?;
-        let values = options.values();
+        let values = options.values_of_step()?;
         let outcome = turn.step(py, &groups, &grads, &values);
         turn.release(py);
         drop(turn);
@@ -207,7 +211,8 @@ impl Optimizer {
         let group = &contents.groups[contents.group_of(index)?];
         let dtype = contents.params[index].dtype;
         let keys = StateKey::ALL.into_iter();
-        let keys = keys.filter(|&key| group.state(dtype, key).is_some());
+        let is_there = |key| key != StateKey::Ema || contents.has_ema[index];
+        let keys = keys.filter(|&key| group.state(dtype, key).is_some() && is_there(key));
         Ok(keys.map(StateKey::name).collect())
     }
 
@@ -220,6 +225,10 @@ impl Optimizer {
     ) -> PyResult<Bound<'py, PyAny>> {
         let contents = self.contents.wait(py)?;
         match StateKey::named(key) {
+            Some(StateKey::Ema) if !contents.has_ema.get(index).is_some_and(|&has| has) => {
+                contents.group_of(index)?;
+                Err(PyKeyError::new_err(key.to_owned()))
+            }
             Some(key) => contents.state_array(py, index, key),
             None => Err(PyKeyError::new_err(key.to_owned())),
         }
@@ -262,7 +271,7 @@ impl Optimizer {
 
     /// Gives the state of parameters other values, all at once: for each of the given ones a mapping
     /// from "step" and the names of arrays to an int and to arrays that fit, or a number for all
-    /// elements. Arrays that are not there are created; those that are not named are left alone. The
+    /// elements, or None for an "ema" that is to begin anew. Arrays that are not there are created; those that are not named are left alone. The
     /// dicts of all groups are updated with `options` as well, if given, and `written`, pairs of
     /// arrays, are copied from the second to the first.
     #[pyo3(signature = (entries, options = None, written = Vec::new()))]
@@ -591,7 +600,8 @@ impl ArraySession {
     fn collect(&mut self, py: Python<'_>, grads: &Grads<'_>) -> PyResult<()> {
         self.gradients.clear();
         for group in &mut self.groups {
-            group.is_flat = matches!(grads, Grads::Attributes) && group.can_be_flat(&self.steps);
+            group.is_flat =
+                matches!(grads, Grads::Attributes) && group.can_be_flat(&self.steps, &self.has_ema);
             for index in group.range.clone() {
                 if group.is_flat {
                     self.gradients.push(None);
@@ -629,6 +639,7 @@ impl ArraySession {
             groups,
             params,
             steps,
+            has_ema,
             stepped,
             destinations,
             batch,
@@ -649,6 +660,7 @@ impl ArraySession {
                 groups,
                 params,
                 steps,
+                has_ema,
                 stepped,
                 destinations,
                 held,
@@ -667,6 +679,13 @@ impl ArraySession {
             Outcome::Update => {
                 for (step, stepped) in self.steps.iter_mut().zip(&self.stepped) {
                     *step = step.saturating_add(u64::from(*stepped));
+                }
+                for group in &self.groups {
+                    if group.options.config.ema_decay.is_some() {
+                        for index in group.range.clone() {
+                            self.has_ema[index] |= self.stepped[index];
+                        }
+                    }
                 }
                 self.tell_autograd(py)
             }
@@ -771,12 +790,19 @@ impl ArraySession {
     ) -> PyResult<()> {
         // All that can fail first: reading what is given, and making room.
         let mut values = Vec::new();
-        let mut steps = Vec::new();
+        let (mut steps, mut has_ema) = (Vec::new(), Vec::new());
         for (index, entry) in entries {
             self.group_of(*index)?;
             for (name, value) in entry.iter() {
                 let name: String = name.extract()?;
-                match StateKey::named(&name) {
+                let key = StateKey::named(&name);
+                if key == Some(StateKey::Ema) {
+                    has_ema.push((*index, !value.is_none()));
+                    if value.is_none() {
+                        continue;
+                    }
+                }
+                match key {
                     Some(key) => values.push((*index, key, value)),
                     None => steps.push((*index, value.extract::<u64>()?)),
                 }
@@ -811,6 +837,9 @@ impl ArraySession {
         for (index, step) in steps {
             self.steps[index] = step;
         }
+        for (index, has) in has_ema {
+            self.has_ema[index] = has;
+        }
         Ok(())
     }
 
@@ -826,6 +855,7 @@ impl ArraySession {
         }
         self.find_foreign();
         self.steps.resize(self.params.len(), 0);
+        self.has_ema.resize(self.params.len(), false);
         self.stepped.resize(self.params.len(), false);
         self.release(py);
         self.gradients.reserve(self.params.len());
@@ -937,6 +967,7 @@ struct ArrayCheck<'x> {
     groups: &'x [Group],
     params: &'x mut [Param],
     steps: &'x [u64],
+    has_ema: &'x [bool],
     stepped: &'x mut [bool],
     destinations: &'x mut Destinations,
     held: &'x mut Vec<Py<PyAny>>,
@@ -1010,7 +1041,8 @@ impl<'x> ArrayCheck<'x> {
             let Some(gradient) = gradient.filter(|_| self.destinations.is_checked()) else {
                 continue;
             };
-            let rule = rules.get(work, param.dtype, config, self.steps[index]);
+            let (steps, has_ema) = (self.steps[index], self.has_ema[index]);
+            let rule = rules.get(work, param.dtype, config, steps, has_ema);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
                 None => self.push(work, index, gradient, rule, Role::used(config))?,
@@ -1027,13 +1059,13 @@ impl<'x> ArrayCheck<'x> {
         for bucket in &group.buckets {
             // Python code may have run since that was decided.
             let [p, g] = bucket.flat_addresses().ok_or(Refused::Collect)?;
-            let [v, m, b] = self.params[bucket.first].state;
-            let steps = self.steps[bucket.first];
+            let [v, m, b, e] = self.params[bucket.first].state;
+            let (steps, has_ema) = (self.steps[bucket.first], self.has_ema[bucket.first]);
             let piece = Piece {
-                arrays: [p, g, v, m, b].map(|address| address as *mut u8),
+                arrays: [p, g, v, m, b, e].map(|address| address as *mut u8),
                 numel: bucket.numel,
                 index: bucket.first as u32,
-                rule: rules.get(work, bucket.dtype, &group.options.config, steps),
+                rule: rules.get(work, bucket.dtype, &group.options.config, steps, has_ema),
                 form: Piece::DENSE,
             };
             // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were found
@@ -1063,9 +1095,9 @@ impl<'x> ArrayCheck<'x> {
             self.params[index].cleared = g;
         }
         let param = &self.params[index];
-        let [v, m, b] = param.state;
+        let [v, m, b, e] = param.state;
         let piece = Piece {
-            arrays: [p, g, v, m, b].map(|address| address as *mut u8),
+            arrays: [p, g, v, m, b, e].map(|address| address as *mut u8),
             numel: param.numel,
             index: index as u32,
             rule,

@@ -42,7 +42,7 @@ pub(crate) struct Bucket {
     pub numel: usize,
     state_numel: usize,
     /// By key; None until it is needed.
-    pub state: [Option<Buffer>; 3],
+    pub state: [Option<Buffer>; StateKey::COUNT],
     pub flat: Option<Flat>,
 }
 
@@ -61,11 +61,10 @@ pub(crate) type NewState = Vec<(usize, StateKey, Buffer)>;
 impl Bucket {
     /// The optimizer's own arrays that its parameters and their state lie in.
     fn buffers(&self) -> impl Iterator<Item = &Buffer> {
-        let [v, m, b] = self.state.each_ref().map(Option::as_ref);
         let flat = self.flat.as_ref();
         let data = flat.map(|flat| &flat.data);
         let grad = flat.and_then(|flat| flat.grad.as_ref());
-        [v, m, b, data, grad].into_iter().flatten()
+        self.state.iter().flatten().chain(data).chain(grad)
     }
 
     /// The parameters of a type among those of a group, which are told where their state begins;
@@ -80,7 +79,7 @@ impl Bucket {
                 // Wherever the buffers are: they begin at known places modulo a page.
                 let state = place_of(0) + state_numel * size;
                 let data = param.extent().data;
-                let keys = [0, 1, 2].map(|k| data.wrapping_sub(place_of(k)));
+                let keys = StateKey::ALL.map(|key| data.wrapping_sub(place_of(key as usize)));
                 state_numel += offset_apart(state, data, keys.into_iter()) / size;
             }
             param.offset = state_numel;
@@ -92,7 +91,7 @@ impl Bucket {
             first,
             numel,
             state_numel,
-            state: [None, None, None],
+            state: Default::default(),
             flat: None,
         })
     }
@@ -114,7 +113,7 @@ impl Bucket {
 }
 
 /// Where buffers begin modulo a page, so that the same offset into each is apart by 512 bytes:
-/// square_avg, grad_avg, momentum_buffer, flat parameters, flat gradients.
+/// square_avg, grad_avg, momentum_buffer, ema, flat parameters, flat gradients.
 fn place_of(k: usize) -> usize {
     k * 512
 }
@@ -188,11 +187,13 @@ impl Group {
     }
 
     /// Whether a step can take the parameters and gradients as flat buffers.
-    pub fn can_be_flat(&self, steps: &[u64]) -> bool {
-        let steps = &steps[self.range.clone()];
+    pub fn can_be_flat(&self, steps: &[u64], has_ema: &[bool]) -> bool {
+        let (steps, has_ema) = (&steps[self.range.clone()], &has_ema[self.range.clone()]);
+        let config = &self.options.config;
         let mut buckets = self.buckets.iter();
         buckets.all(|bucket| bucket.flat_addresses().is_some())
-            && (!self.options.config.bias_correction || steps.iter().all(|&step| step == steps[0]))
+            && (!config.bias_correction || steps.iter().all(|&step| step == steps[0]))
+            && (config.ema_decay.is_none() || has_ema.iter().all(|&one| one == has_ema[0]))
     }
 
     /// Whether nobody has pulled the memory away: a view's `base` is within a user's reach.
@@ -255,10 +256,16 @@ impl Flat {
         if numel == 0 {
             return Ok(None);
         }
-        let data = Buffer::new(py, dtype, numel, 0.0, place_of(3))?;
+        let data = Buffer::new(py, dtype, numel, 0.0, place_of(StateKey::COUNT))?;
         let grads: Option<Vec<_>> = members().map(|param| array_grad(py, param)).collect();
         let grad = match &grads {
-            Some(_) => Some(Buffer::new(py, dtype, numel, 0.0, place_of(4))?),
+            Some(_) => Some(Buffer::new(
+                py,
+                dtype,
+                numel,
+                0.0,
+                place_of(StateKey::COUNT + 1),
+            )?),
             None => None,
         };
         let departed = Arc::new(AtomicUsize::new(0));

@@ -12,6 +12,7 @@ mod parameter;
 mod row;
 mod source;
 mod step;
+mod swap;
 mod tensor;
 mod torch;
 mod torch_library;

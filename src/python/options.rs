@@ -2,12 +2,13 @@
 
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 use smallvec::SmallVec;
 
+use super::swap::{Pair, swap};
 use super::view::{Lent, Quiet, class_name};
 use crate::config::{Config, Field, INITIAL_LR, Nonfinite, OPTIONS, validate_max_grad_norm};
 use crate::error::Error;
@@ -429,6 +430,8 @@ pub(crate) struct Values {
     default_threads: Option<usize>,
     last_grad_norm: Option<f64>,
     skipped_steps: u64,
+    /// The parameters hold their averages.
+    is_averaged: bool,
 }
 
 impl StepOptions {
@@ -439,6 +442,7 @@ impl StepOptions {
             default_threads,
             last_grad_norm: None,
             skipped_steps: 0,
+            is_averaged: false,
         }))
     }
 
@@ -449,6 +453,19 @@ impl StepOptions {
     /// The options as they are now.
     pub fn values(&self) -> Values {
         *self.lock()
+    }
+
+    /// The options of a step.
+    ///
+    /// # Errors
+    /// RuntimeError while the parameters hold their averages.
+    #[inline]
+    pub fn values_of_step(&self) -> PyResult<Values> {
+        let values = self.values();
+        match values.is_averaged {
+            true => self.check_trained("step").map(|()| values),
+            false => Ok(values),
+        }
     }
 
     /// Takes note of a step that was done or left out; `before` is what the options were.
@@ -556,6 +573,32 @@ impl StepOptions {
     #[getter(skipped_steps)]
     fn get_skipped_steps(&self) -> u64 {
         self.lock().skipped_steps
+    }
+
+    /// Whether the parameters hold their averages.
+    #[getter(_is_averaged)]
+    fn get_is_averaged(&self) -> bool {
+        self.lock().is_averaged
+    }
+
+    /// Exchanges parameters and their averages, NumPy arrays of one shape and dtype. No signal is heard
+    /// in between, so it is done whole.
+    fn _swap_averages(&self, pairs: Vec<Pair<'_>>) -> PyResult<()> {
+        pairs.iter().try_for_each(swap)?;
+        let mut values = self.lock();
+        values.is_averaged = !values.is_averaged;
+        Ok(())
+    }
+
+    /// RuntimeError for `what`, while the parameters hold their averages.
+    #[pyo3(name = "_check_trained")]
+    fn check_trained(&self, what: &str) -> PyResult<()> {
+        if !self.lock().is_averaged {
+            return Ok(());
+        }
+        let wanted = "expected parameters as they are trained, got their averages";
+        let message = format!("{what}: {wanted}: leave averaged() first");
+        Err(PyRuntimeError::new_err(message))
     }
 
     #[setter(skipped_steps)]

@@ -15,6 +15,7 @@ use super::view::{
     describe_array, is_equal,
 };
 use crate::kernel::{DType, Role};
+use crate::state::StateKey;
 
 /// A parameter of an optimizer.
 pub(crate) struct Param {
@@ -32,7 +33,7 @@ pub(crate) struct Param {
     pub offset: usize,
     /// The addresses of its state by key, in the order of their roles, which are the optimizer's own;
     /// 0 for those that are not there.
-    pub state: [usize; 3],
+    pub state: [usize; StateKey::COUNT],
     /// What was found when its memory was last looked at closely.
     seen: Seen,
     /// The address of the last gradient that was found to overlap nothing. It is compared, and never
@@ -95,7 +96,7 @@ impl Param {
             shape,
             state_strides,
             offset: 0,
-            state: [0; 3],
+            state: [0; StateKey::COUNT],
             seen: Seen::default(),
             cleared: 0,
         };

@@ -40,7 +40,8 @@ pub(crate) fn check<'q>(
     let dtype = p.element.dtype;
     let numel = p.numel();
     let bytes = numel * dtype.size();
-    let mut addresses = [p.data, 0, 0, 0, 0];
+    let mut addresses = [0; ROLES];
+    addresses[Role::Parameter as usize] = p.data;
     let mut is_alike = p.is_dense();
     for role in &Role::ALL[1..] {
         if !uses[*role as usize] {

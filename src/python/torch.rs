@@ -75,7 +75,7 @@ enum StateAt {
     Next,
     /// In this dict.
     Entry(Py<PyAny>),
-    /// In a tuple (p, g, v, m, b, step), where None stands for nothing.
+    /// In a tuple (p, g, v, m, b, e, step), where None stands for nothing.
     Tuple(Py<PyTuple>),
 }
 
@@ -97,7 +97,7 @@ struct Wanted<'x, 'py> {
     state: &'x Bound<'py, PyDict>,
     /// Only one parameter: the place of its group, and its place there.
     only: Option<(usize, usize)>,
-    /// Tuples (p, g, v, m, b, step) to be used for parameters by index, or None for those that are
+    /// Tuples (p, g, v, m, b, e, step) to be used for parameters by index, or None for those that are
     /// none of ours.
     rows: Option<&'x Bound<'py, PyDict>>,
     /// Only those.
@@ -153,7 +153,7 @@ impl Stepper {
     /// Steps every parameter of the groups that has a gradient, or `only` that at (group, place).
     ///
     /// In place of what `state` has, `rows` gives tuples (p, g, square_avg, grad_avg,
-    /// momentum_buffer, step) by the parameter's index, with None for state that is not used; and
+    /// momentum_buffer, ema, step) by the parameter's index, with None for state that is not used; and
     /// None for a parameter that is left alone. `gathered` is what all processes together found in
     /// the gradients: the sum of their squares, and whether one is not finite.
     ///
@@ -186,7 +186,7 @@ impl Stepper {
             has_nonfinite,
         });
         let mut contents = this.0.wait(py)?;
-        let values = options.values();
+        let values = options.values_of_step()?;
         let outcome = contents.step(torch, &wanted, &values, gathered);
         contents.release(py);
         drop(contents);
@@ -228,7 +228,7 @@ impl Stepper {
         }
     }
 
-    /// Whether the core can step a tuple (p, g, square_avg, grad_avg, momentum_buffer, step) of a
+    /// Whether the core can step a tuple (p, g, square_avg, grad_avg, momentum_buffer, ema, step) of a
     /// group.
     fn takes(&self, group: &Bound<'_, PyDict>, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
         let py = group.py();
@@ -587,7 +587,8 @@ impl<'x> TensorCheck<'x> {
         let Some(count) = entry.count(quiet, self.torch) else {
             return self.odd.push(pair.index);
         };
-        let rule = rules.get(work, row.dtype, config, count.read() as u64);
+        // An average is made as the parameter is, before the step.
+        let rule = rules.get(work, row.dtype, config, count.read() as u64, true);
         // SAFETY: references to the tensors are held until the work is done, and to those of the counts
         // if that takes long; else nobody changes the dicts that hold them. Rows may share
         // elements with each other, which is why they are updated by the caller alone unless
@@ -655,7 +656,7 @@ impl Count {
 struct Entry<'q> {
     step: Option<Lent<'q>>,
     /// By [`StateKey`].
-    arrays: [Option<Lent<'q>>; 3],
+    arrays: [Option<Lent<'q>>; StateKey::COUNT],
 }
 
 impl<'q> Entry<'q> {
@@ -674,12 +675,12 @@ impl<'q> Entry<'q> {
         Some(entry)
     }
 
-    /// From p, g, square_avg, grad_avg, momentum_buffer, step.
+    /// From p, g, square_avg, grad_avg, momentum_buffer, ema, step.
     fn of_items(quiet: &'q Quiet<'_>, items: Items<'q>) -> Self {
         let item = |k| items.get(k).filter(|item| !item.is_none(quiet));
         Entry {
-            arrays: [item(2), item(3), item(4)],
-            step: item(5),
+            arrays: [item(2), item(3), item(4), item(5)],
+            step: item(6),
         }
     }
 
@@ -717,6 +718,7 @@ impl<'q> Entry<'q> {
             intern!(py, "square_avg"),
             intern!(py, "grad_avg"),
             intern!(py, "momentum_buffer"),
+            intern!(py, "ema"),
             intern!(py, "step"),
         ];
         let found = names.iter().position(|name| name.as_ptr() == key.as_ptr());
@@ -725,7 +727,7 @@ impl<'q> Entry<'q> {
             |name: &Bound<'_, PyString>| name.to_str().is_ok_and(|name| key.is_string(quiet, name));
         let found = found.or_else(|| names.iter().position(|name| is_equal(name)));
         Some(match found? {
-            3 => &mut self.step,
+            StateKey::COUNT => &mut self.step,
             k => &mut self.arrays[k],
         })
     }
