@@ -4,6 +4,7 @@ Bits of every combination beside the oracle are in test_bits.py; instruction set
 """
 
 import copy
+import os
 import pickle
 import tracemalloc
 
@@ -17,6 +18,7 @@ from rmsprop import Parameter, RMSprop, dialect
 from rmsprop.torch import RMSprop as TorchRMSprop
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+os.environ.setdefault("KERAS_BACKEND", "jax")
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "clip_weights": 0.5, "ema_decay": 0.9}
 SAME = {"eps_in_sqrt": True, "lr_in_momentum": True}  # as the array class has them
 
@@ -130,9 +132,8 @@ def test_torchs_averaged_model():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
-def test_keras_ema(monkeypatch):
+def test_keras_ema():
     """Keras' `use_ema` begins as the variable is after the first step; from there on it is the same."""
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
     import keras
 
     w = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)

@@ -35,7 +35,7 @@ OWN = {
     "nesterov": True,
     "bias_correction": True,
     "decoupled_weight_decay": True,
-    "clip_weights": 1.0,
+    "clip_weights": 0.01,
     "ema_decay": 0.5,
 }
 
