@@ -406,6 +406,15 @@ def test_timm_refuses_what_is_no_part_of_the_rule():
         run.leave()
 
 
+def test_timm_without_a_first_lr():
+    """A checkpoint of a version that did not write it down."""
+    options = {"decoupled_decay": True, "corrected_weight_decay": True}
+    state_dict = Timm(random_arrays(3), options).opt.state_dict()
+    del state_dict["param_groups"][0]["max_lr_snapshot"]
+    with pytest.raises(ValueError, match="timm: expected max_lr_snapshot"):
+        convert.from_timm(state_dict)
+
+
 def test_timm_decays_by_a_scheduled_lr():
     """`corrected_weight_decay`, there and back, with a learning rate that has fallen."""
     options = {"weight_decay": 0.1, "decoupled_decay": True}

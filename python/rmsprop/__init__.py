@@ -18,8 +18,9 @@ operation rounded once in the type of the parameter::
 
 Decoupled decay is left out, with ``cautious_weight_decay``, where what is subtracted of p
 at the end has not its sign; with ``corrected_weight_decay`` its factor is
-``lr * lr / initial_lr * weight_decay``. c is 1 / (1 - alpha^t) with ``bias_correction``, else 1. Which framework's RMSprop
-that is depends on the options alone: :func:`dialect`.
+``lr * lr / initial_lr * weight_decay``. c is 1 / (1 - alpha^t) with
+``bias_correction``, else 1. Which framework's RMSprop that is depends on the options
+alone: :func:`dialect`.
 """
 
 import sys

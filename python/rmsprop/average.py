@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rmsprop import _core
 
 if TYPE_CHECKING:
+    import numpy as np
+
     #: A parameter and its average, of one shape and dtype.
     Pair = tuple[np.ndarray, np.ndarray]
 

@@ -395,12 +395,18 @@ def from_timm(state_dict: Mapping[str, Any]) -> StateDict:
     What ``corrected_weight_decay`` takes for the first learning rate becomes ``initial_lr``.
 
     Raises:
-        ValueError: if a group has ``caution``, which our rule does not.
+        ValueError: if a group has ``caution``, which our rule does not, or decays by a first
+            learning rate that it does not say.
     """
     found = _from_torch_like("timm", state_dict, ("caution",))
     for group, saved in zip(found["param_groups"], state_dict["param_groups"]):
         # Without decoupled_decay it has no effect there.
         if group.get("corrected_weight_decay") and group["decoupled_weight_decay"]:
+            if "max_lr_snapshot" not in saved:
+                raise ValueError(
+                    "timm: expected max_lr_snapshot with corrected_weight_decay, got none:"
+                    " add the learning rate that its optimizer was made with"
+                )
             group["initial_lr"] = saved["max_lr_snapshot"]
         else:
             group["corrected_weight_decay"] = False
