@@ -11,6 +11,6 @@ html_theme = "furo"
 html_title = "rmsprop"
 html_extra_path = [
     f"{picture}-{theme}.svg"
-    for picture in ("speed", "step", "dialects")
+    for picture in ("speed", "step", "dialects", "precision")
     for theme in ("light", "dark")
 ]

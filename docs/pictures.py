@@ -3,7 +3,8 @@
     python docs/pictures.py [--to docs]
 
 `dialects-*.svg`: the paths that dialects take on Rosenbrock's and Beale's functions, and how far from the minimum they
-are after each update. `step-*.svg`: the four parts of a step.
+are after each update. `step-*.svg`: the four parts of a step. `precision-*.svg`: what becomes of an average by how it is
+stored.
 """
 
 import argparse
@@ -189,6 +190,66 @@ def step(theme: str) -> Figure:
     return figure
 
 
+STORAGE = {
+    "float32": ("#59636e", "-", None),
+    "bfloat16, at random": ("#218bff", "--", "bfloat16"),
+    "8-bit codes": ("#2da44e", ":", "uint8"),
+}
+AVERAGED, OF = 6000, 16_384  # updates, elements
+
+
+def nearest_bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16 << 16).astype(np.uint32).view("f4")
+
+
+def averages(alpha: float, gradients: Callable[[int], np.ndarray]) -> dict:
+    """The mean of square_avg over what it averages, after each twentieth update."""
+    opts = {
+        name: RMSprop([np.zeros(OF, np.float32)], lr=0, alpha=alpha, state_dtype=dtype)
+        for name, (_, _, dtype) in STORAGE.items()
+    }
+    v = np.zeros(OF, np.float32)
+    found: dict[str, list[float]] = {name: [] for name in (*STORAGE, "to nearest")}
+    for update in range(AVERAGED):
+        g = gradients(update)
+        for opt in opts.values():
+            opt.step(grads=[g])
+        v = nearest_bfloat16(np.float32(alpha) * v + np.float32(1 - alpha) * g * g)
+        if update % 20 == 0:
+            for name, opt in opts.items():
+                state = RMSprop.float32_state(opt.state_dict())["state"][0]
+                found[name].append(state["square_avg"].mean(dtype=float))
+            found["to nearest"].append(v.mean(dtype=float))
+    return found
+
+
+def precision(theme: str) -> Figure:
+    text, _, line = THEMES[theme]
+    rng, constant = np.random.default_rng(0), np.full(OF, 0.3, np.float32)
+    problems = {
+        "A constant gradient": lambda _: constant,
+        "Normal gradients": lambda _: rng.standard_normal(OF, np.float32) * 0.3,
+    }
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, (title, gradients) in zip(figure.subplots(1, 2), problems.items()):
+        at = np.arange(0, AVERAGED, 20)
+        for name, means in averages(0.999, gradients).items():
+            color, dash, _ = STORAGE.get(name, (DIALECTS["tf1"][0], "-", None))
+            label = "bfloat16, to nearest" if name == "to nearest" else name
+            axes.plot(
+                at, np.array(means) / 0.09, dash, color=color, lw=1.6, label=label
+            )
+        axes.set(title=title, xlabel="update", ylabel="average / what it averages")
+        axes.set(xlim=(0, AVERAGED), ylim=(0, 1.7))
+        axes.grid(color=line, lw=0.6)
+        style(axes, theme)
+    legend = axes.legend(frameon=False, loc="lower right")
+    for entry in legend.get_texts():
+        entry.set(color=text, fontsize=9)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
@@ -196,7 +257,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Text that is text, and files that are the same each time.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rmsprop"})
-    for draw in (dialects, step):
+    for draw in (dialects, step, precision):
         for theme in THEMES:
             target = folder / f"{draw.__name__}-{theme}.svg"
             draw(theme).savefig(target, transparent=True, metadata={"Date": None})

@@ -91,20 +91,6 @@ impl Config {
     }
 }
 
-#[cfg(feature = "python")]
-impl Config {
-    /// Whether all options that torch's RMSprop does not have are off.
-    pub(crate) fn is_torchs(&self) -> bool {
-        !(self.eps_in_sqrt
-            || self.lr_in_momentum
-            || self.nesterov
-            || self.bias_correction
-            || self.decoupled_weight_decay
-            || self.clip_weights.is_some()
-            || self.ema_decay.is_some())
-    }
-}
-
 /// An option of a parameter group: the one row that both fronts read, check and list it by.
 #[cfg_attr(not(feature = "python"), allow(dead_code))] // Rust needs the ranges alone.
 pub(crate) struct GroupOption {

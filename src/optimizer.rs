@@ -384,7 +384,7 @@ impl<T: Real> Group<T> {
             false => &mut [],
         };
         let (ranges, steps) = (&state.ranges, &state.steps);
-        let [v, m, b, e] = state
+        let [v, m, b, e, _] = state
             .arrays
             .each_mut()
             .map(|flat| flat.as_mut().map(Flat::slice_mut));

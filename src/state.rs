@@ -18,32 +18,44 @@ pub enum StateKey {
     /// e, the running mean of the parameter, with [`Config::ema_decay`]. Starts as the parameter is
     /// before its first update, and is not there until then.
     Ema,
+    /// What rounding took from a bfloat16 parameter; of the Python package.
+    ErrorBits,
 }
 
 impl StateKey {
-    /// In the order of their fields wherever arrays are kept by key.
-    pub const ALL: [StateKey; StateKey::COUNT] = [
+    /// Those of Rust's slices, in the order of their fields wherever arrays are kept by key.
+    pub const ALL: [StateKey; 4] = [
         StateKey::SquareAvg,
         StateKey::GradAvg,
         StateKey::MomentumBuffer,
         StateKey::Ema,
     ];
 
-    pub(crate) const COUNT: usize = 4;
+    /// Those of Python's arrays.
+    pub(crate) const EVERY: [StateKey; StateKey::COUNT] = [
+        StateKey::SquareAvg,
+        StateKey::GradAvg,
+        StateKey::MomentumBuffer,
+        StateKey::Ema,
+        StateKey::ErrorBits,
+    ];
 
-    /// "square_avg", "grad_avg", "momentum_buffer" or "ema".
+    pub(crate) const COUNT: usize = 5;
+
+    /// "square_avg", "grad_avg", "momentum_buffer", "ema" or "error_bits".
     pub const fn name(self) -> &'static str {
         match self {
             StateKey::SquareAvg => "square_avg",
             StateKey::GradAvg => "grad_avg",
             StateKey::MomentumBuffer => "momentum_buffer",
             StateKey::Ema => "ema",
+            StateKey::ErrorBits => "error_bits",
         }
     }
 
     /// The key of that name.
     pub fn named(name: &str) -> Option<StateKey> {
-        StateKey::ALL.into_iter().find(|key| key.name() == name)
+        StateKey::EVERY.into_iter().find(|key| key.name() == name)
     }
 
     /// Whether an optimizer with these options uses it.
@@ -53,6 +65,7 @@ impl StateKey {
             StateKey::GradAvg => config.centered,
             StateKey::MomentumBuffer => config.momentum > 0.0,
             StateKey::Ema => config.ema_decay.is_some(),
+            StateKey::ErrorBits => false, // That is a matter of the optimizer.
         }
     }
 

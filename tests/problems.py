@@ -61,7 +61,7 @@ def bits(tree):
     if tree is None or isinstance(tree, str):
         return tree
     array = np.asarray(tree)
-    if array.dtype.kind == "f":
+    if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
         array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
     return array.dtype.str, array.shape, array.tobytes()
 

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 from problems import bits, gradients_for, random_arrays
 from producers import (
-    BFLOAT,
     COMPLEX,
     CUDA,
     IS_COPIED,
@@ -152,7 +150,6 @@ PARAMETERS = [
         r"parameter 1 \('b'\):.*got.*str",
         lambda a, b: {"a": a, "b": "b"},
     ),
-    Row("float16", TypeError, unsupported("float16"), retyped("float16")),
     Row(
         "long double",
         TypeError,
@@ -163,30 +160,6 @@ PARAMETERS = [
     Row("booleans", TypeError, unsupported("bool"), retyped("bool")),
     Row("complex", TypeError, unsupported("complex64"), retyped("complex64")),
     Row("objects", TypeError, unsupported("object"), retyped("object")),
-    Row(
-        "ml_dtypes bfloat16",
-        TypeError,
-        unsupported("bfloat16"),
-        retyped(ml_dtypes.bfloat16),
-    ),
-    Row(
-        "torch bfloat16",
-        TypeError,
-        unsupported("bfloat16"),
-        lambda a, b: [a, torch.from_numpy(b).bfloat16()],
-    ),
-    Row(
-        "torch float16",
-        TypeError,
-        unsupported("float16"),
-        lambda a, b: [a, torch.from_numpy(b).half()],
-    ),
-    Row(
-        "DLPack bfloat16",
-        TypeError,
-        unsupported("bfloat16"),
-        lambda a, b: [a, Handmade(b.astype("float16"), code=BFLOAT)],
-    ),
     Row(
         "DLPack complex",
         TypeError,

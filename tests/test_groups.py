@@ -60,6 +60,10 @@ def test_signature_and_defaults():
         "max_grad_norm": None,
         "nonfinite": "propagate",
         "threads": None,
+        "state_dtype": None,
+        "rounding": "nearest",
+        "master_weight_bits": None,
+        "seed": 0,
     }
     assert accepted == {
         "params": inspect.Parameter.empty,

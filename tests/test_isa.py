@@ -6,6 +6,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import rmsprop
@@ -28,7 +29,7 @@ CAUTIOUS = {
     "decoupled_weight_decay": True,
     "cautious_weight_decay": True,
 }
-LENGTHS = (*range(35), 63, 64, 65, 127, 200, 500, 1000)
+LENGTHS = (*range(35), 63, 64, 65, 127, 200, 500, 1000, 5000)
 
 
 @cache
@@ -61,6 +62,18 @@ def print_digests():
         for decay in ({}, CAUTIOUS):
             every = {**options, **decay, "clip_weights": 0.5, "ema_decay": 0.9}
             print(dtype, every, digest(dtype, **every))
+    codes = {"square_avg": "uint8", "momentum_buffer": "uint8", "ema": "bfloat16"}
+    rounded = {"rounding": "stochastic", "momentum": 0.9, "ema_decay": 0.9, "seed": 3}
+    for dtype in ("float16", ml_dtypes.bfloat16, "float32"):
+        for bits_of_master in (None, 24, 32):
+            if dtype == "float16" and bits_of_master:
+                continue
+            stored = {"state_dtype": codes, "master_weight_bits": bits_of_master}
+            every = {**rounded, **stored}
+            print(dtype, every, digest(dtype, **every))
+            print(
+                dtype, bits_of_master, digest(dtype, master_weight_bits=bits_of_master)
+            )
     big = np.random.default_rng(0).standard_normal(1_000_000).astype(np.float32)
     opt = rmsprop.RMSprop([np.zeros_like(big)], max_grad_norm=1.0)
     opt.step(grads=[big])

@@ -13,6 +13,7 @@ from rmsprop import _core, types
 
 ROWS = dict(_core.OPTIONS)
 OF_OPTIMIZER = {"max_grad_norm", "nonfinite", "threads"}
+OF_OPTIMIZER |= {"state_dtype", "rounding", "master_weight_bits", "seed"}
 OF_TORCH = {"capturable", "foreach", "differentiable"}
 
 

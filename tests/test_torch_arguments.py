@@ -39,6 +39,10 @@ OWN_DEFAULTS = {
     "nonfinite": "propagate",
     "contiguous_params": False,
     "threads": None,
+    "state_dtype": None,
+    "rounding": "nearest",
+    "master_weight_bits": None,
+    "seed": 0,
 }
 
 

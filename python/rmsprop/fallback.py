@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
 
-from rmsprop import average
+from rmsprop import average, torch_storage
+from rmsprop.state import as_ndarray
+from rmsprop.storage import SCALE
 from rmsprop.torch_names import (
     check_capture,
-    has_transforms,
     increment_all,
     is_dtensor,
     is_watched,
@@ -28,9 +29,8 @@ from rmsprop.torch_names import (
 Group: TypeAlias = dict[str, Any]
 #: A group's place in ``opt.param_groups`` and a parameter's place in the group.
 Place: TypeAlias = tuple[int, int]
-#: p, g, square_avg, grad_avg, momentum_buffer, ema, step: what the core is given. None for state that
-#: is not used.
-Row: TypeAlias = tuple[Any, ...]
+#: A parameter, its gradient, its state by key, and whether its average begins: what the core is given.
+Row: TypeAlias = tuple[Any, Any, dict[str, Any], bool]
 
 
 class Steps(Protocol):
@@ -52,6 +52,12 @@ class Steps(Protocol):
     def max_grad_norm(self) -> float | None: ...
     @property
     def nonfinite(self) -> str: ...
+    @property
+    def state_dtype(self) -> Any: ...
+    @property
+    def rounding(self) -> str: ...
+    @property
+    def master_weight_bits(self) -> int | None: ...
 
 
 @dataclass
@@ -101,7 +107,7 @@ def step(opt: Steps, only: Place | None = None, odd: list[int] | None = None) ->
         except BaseException:
             _discard(plan, opt.state)
             raise
-        if found is True or isinstance(found, tuple):
+        if found is True:
             break
         _discard(plan, opt.state)
         if found is False:
@@ -112,28 +118,7 @@ def step(opt: Steps, only: Place | None = None, odd: list[int] | None = None) ->
             )
     sharded = (each.p for each in plan.odd.values() if is_dtensor(each.p))
     increment_all(sharded)
-    if isinstance(found, tuple):
-        _add_left(opt, plan, found)
     _step_by_torch(plan)
-
-
-def step_left(opt: Steps, left: tuple[int, ...]) -> None:
-    """Steps parameters that the core has left, after a step of all others."""
-    plan = Plan()
-    _add_left(opt, plan, left)
-    _step_by_torch(plan)
-
-
-def _add_left(opt: Steps, plan: Plan, left: tuple[int, ...]) -> None:
-    first = 0
-    for group in opt.param_groups:
-        params = group["params"]
-        for index in left:
-            if first <= index < first + len(params):
-                p: Any = params[index - first]
-                plan.rows[index] = None
-                plan.odd[index] = Odd(group, p, p.grad, opt.state[p], {})
-        first += len(params)
 
 
 def _looks(opt: Steps) -> bool:
@@ -160,12 +145,13 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
     if grad.is_sparse:
         raise RuntimeError("RMSprop does not support sparse gradients")
     # What a parameter that is listed twice was given is not made again.
-    given = (odd.new for odd in plan.odd.values() if odd.p is p)
-    known = {**opt.state.get(p, {}), **next(given, {})}
-    new = missing_state(p, known, group)
-    odd = Odd(group, p, grad, {**known, **new}, new)
+    twins = (odd.new for odd in plan.odd.values() if odd.p is p)
+    given = next(twins, {})
+    known = {**opt.state.get(p, {}), **given}
     own = _own_options(opt, group)
     is_left = group["capturable"] or group["differentiable"] or is_watched() and not own
+    new = missing_state(None if is_left else opt._stepper, p, known, group)
+    odd = Odd(group, p, grad, {**known, **new}, new)
     row = None if is_left else _row(odd)
     if row is not None and not opt._stepper.takes(group, row):
         row = None
@@ -174,7 +160,7 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
     if row is None and own:
         name = opt._stepper.name_in(list(opt.param_groups), index)
         raise ValueError(
-            f"{own[0]}: expected plain tensors of one shape, float32, float64 or complex, in host"
+            f"{own[0]}: expected plain tensors of one shape, of floats or complex numbers, in host"
             f" memory, for torch's own rmsprop has no such option, got {name} with {_describe(odd)}"
         )
     plan.rows[index] = row
@@ -182,17 +168,20 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
 
 
 def check_new(opt: Steps, group: Group) -> None:
-    """Refuses tensors of the last group that only torch's own rmsprop steps, with options it lacks."""
-    if not (own := _own_options(opt, group)):
-        return
+    """Refuses tensors of the last group that cannot be stepped with the options in effect."""
+    opt._stepper.check_storage(group, f" of group {len(opt.param_groups) - 1}")
+    own = _own_options(opt, group)
     first = sum(len(other["params"]) for other in opt.param_groups[:-1])
     for index, p in enumerate(group["params"], start=first):
-        is_ours = p.dtype in _NUMPY_DTYPES and p.device.type in ("cpu", "meta")
-        if not is_ours:
-            name = opt._stepper.name_in(list(opt.param_groups), index)
+        name = opt._stepper.name_in(list(opt.param_groups), index)
+        dtype = str(p.dtype).removeprefix("torch.")
+        if wanted := opt._stepper.refuses(dtype):
+            raise ValueError(f"{name}: expected {wanted}, got {dtype}")
+        is_ours = p.dtype in torch_storage.DTYPES and p.device.type in ("cpu", "meta")
+        if own and not is_ours:
             raise ValueError(
-                f"{name}: expected float32, float64 or complex in host memory, got"
-                f" {str(p.dtype).removeprefix('torch.')} on {p.device}, which is left to torch's"
+                f"{name}: expected floats or complex numbers in host memory, got"
+                f" {dtype} on {p.device}, which is left to torch's"
                 f" own rmsprop, and that has no {own[0]}"
             )
 
@@ -210,6 +199,9 @@ def _own_options(opt: Steps, group: Group) -> list[str]:
         "ema_decay": group.get("ema_decay") is not None,
         "max_grad_norm": opt.max_grad_norm is not None,
         "nonfinite": opt.nonfinite != "propagate",
+        "state_dtype": opt.state_dtype is not None,
+        "rounding": opt.rounding != "nearest",
+        "master_weight_bits": opt.master_weight_bits is not None,
     }
     return [option for option, is_on in options.items() if is_on]
 
@@ -232,13 +224,25 @@ def _row(odd: Odd) -> Row:
         grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
     if type(grad) is Tensor:
         grad = grad.resolve_conj().resolve_neg()
-    m = entry["grad_avg"] if odd.group["centered"] else None
-    b = entry["momentum_buffer"] if odd.group["momentum"] > 0 else None
-    e = entry["ema"] if odd.group.get("ema_decay") is not None else None
-    tensors: tuple[Any, ...] = (p, grad, entry["square_avg"], m, b, e)
-    if is_dtensor(p) and all(x is None or _is_placed_like(x, p) for x in tensors):
-        tensors = tuple(x if x is None else shard(x) for x in tensors)
-    return (*tensors, entry["step"])
+    keys = _used(odd.group)
+    keys += [key + SCALE for key in keys] + ["error_bits"]
+    state = {key: entry[key] for key in keys if key in entry}
+    tensors = [p, grad, *state.values()]
+    if is_dtensor(p) and all(_is_placed_like(x, p) for x in tensors):
+        p, grad = shard(p), shard(grad)
+        state = {key: shard(x) for key, x in state.items()}
+    return (p, grad, {**state, "step": entry["step"]}, "ema" in odd.new)
+
+
+def _used(group: Group) -> list[str]:
+    """The keys of the arrays of state that the options use."""
+    is_used = {
+        "square_avg": True,
+        "momentum_buffer": group["momentum"] > 0,
+        "grad_avg": group["centered"],
+        "ema": group.get("ema_decay") is not None,
+    }
+    return [key for key, is_it in is_used.items() if is_it]
 
 
 def _is_placed_like(tensor: Any, p: Any) -> bool:
@@ -291,64 +295,29 @@ def _step_by_torch(plan: Plan) -> None:
         )
 
 
-def missing_state(p: Tensor, entry: Group, group: Group) -> Group:
-    """Creates the state that the options need and that is not there, at its start value."""
+def missing_state(stepper: Any, p: Tensor, entry: Group, group: Group) -> Group:
+    """Creates the state that the options need and that is not there, at its start value.
+
+    Without a stepper it is torch's own: of the parameter's type.
+    """
+
+    def dtype_of(key: str) -> Any:
+        if stepper is None:
+            return None if key == "error_bits" else p.dtype
+        return torch_storage.dtype_of(stepper, key, p)
+
     new: Group = {}
     count = entry.get("step", 0.0)
     if not torch.is_tensor(count):
         new["step"] = count_of(count, p, group)
-    start = group.get("initial_square_avg", 0.0)
-    keys = (
-        ("square_avg", True, start),
-        ("momentum_buffer", group["momentum"] > 0, 0.0),
-        ("grad_avg", group["centered"], 0.0),
-    )
-    for place, (key, is_used, value) in enumerate(keys, start=1):
-        if is_used and key not in entry:
-            new[key] = _filled_like(p, value, place)
-    if group.get("ema_decay") is not None and "ema" not in entry:
-        new["ema"] = _filled_like(p, None, len(keys) + 1)
+    dtype = dtype_of("error_bits")
+    if dtype is not None and "error_bits" not in entry:
+        new |= torch_storage.start(p, "error_bits", dtype, 0, 5)
+    for place, key in enumerate(_used(group), start=1):
+        if key not in entry:
+            value = group.get("initial_square_avg", 0.0) if key == "square_avg" else 0.0
+            new |= torch_storage.start(p, key, dtype_of(key), value, place)
     return new
-
-
-def _filled_like(p: Tensor, value: float | None, place: int) -> Tensor:
-    """A tensor like the parameter, with its values or one; complex ones have that in both parts."""
-    if not _is_host_array(p):
-        if value is None:
-            return p.detach().clone(memory_format=torch.preserve_format)
-        of_all: Any = complex(value, value) if torch.is_complex(p) else value
-        return torch.full_like(p, of_all, memory_format=torch.preserve_format)
-    like = torch.empty_like(p, memory_format=torch.preserve_format)
-    size = like.element_size()
-    # Loads wait for stores to the same address modulo a page: state begins elsewhere than the
-    # parameter, and than other state. (A large tensor begins 64 bytes into a page, as do gradients.)
-    if like.numel() * size >= _PAGE:
-        room = torch.empty(like.numel() + _PAGE // size, dtype=p.dtype, device="cpu")
-        start = (p.data_ptr() + 512 * place - room.data_ptr()) % _PAGE
-        if start % size == 0:
-            storage = room.untyped_storage()
-            like = torch.empty(0, dtype=p.dtype, device="cpu").set_(
-                storage, start // size, like.size(), like.stride()
-            )
-    # Not by torch's threads, which a process that was forked would wait for for ever.
-    array = torch.view_as_real(like) if torch.is_complex(like) else like
-    own = torch.view_as_real(p) if torch.is_complex(p) else p
-    array.numpy()[...] = own.detach().numpy() if value is None else value
-    return like
-
-
-_PAGE = 4096
-
-
-def _is_host_array(p: Tensor) -> bool:
-    """Whether NumPy can write a tensor like this one."""
-    if type(p) not in (Tensor, torch.nn.Parameter) or p.layout != torch.strided:
-        return False
-    is_known = p.dtype in _NUMPY_DTYPES and p.is_cpu and not is_watched()
-    return is_known and not has_transforms()
-
-
-_NUMPY_DTYPES = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
 def averaged(opt: Steps) -> AbstractContextManager[None]:
@@ -366,7 +335,9 @@ def averaged(opt: Steps) -> AbstractContextManager[None]:
 
 def _as_array(tensor: Tensor) -> Any:
     tensor = tensor.detach()
-    return (torch.view_as_real(tensor) if torch.is_complex(tensor) else tensor).numpy()
+    return as_ndarray(
+        torch.view_as_real(tensor) if torch.is_complex(tensor) else tensor
+    )
 
 
 def count_of(value: float, p: Tensor, group: Group) -> Tensor:

@@ -14,13 +14,22 @@ import numpy as np
 from rmsprop import _core
 from rmsprop.average import averaged
 from rmsprop.state import State, as_ndarray, checked, copied, restore
+from rmsprop.storage import Storage, float32_entry, joined
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from typing_extensions import Self, Unpack
 
-    from rmsprop.types import Dialect, DialectOptions, Nonfinite, Overrides, Params
+    from rmsprop.types import (
+        Dialect,
+        DialectOptions,
+        Nonfinite,
+        Overrides,
+        Params,
+        Rounding,
+        StateDType,
+    )
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_core._after_fork)
@@ -31,6 +40,7 @@ _FREE = {
     *("capturable", "foreach", "differentiable"),
     *("cautious_weight_decay", "corrected_weight_decay", "clip_weights"),
     "ema_decay",
+    *Storage._fields,
 }
 
 
@@ -105,9 +115,10 @@ class RMSprop(_core.Optimizer):
     """RMSprop that updates arrays in place, in one fused pass.
 
     The rule is in the documentation of :mod:`rmsprop`; the defaults are OneFlow's.
-    Parameters are writable arrays of float32 or float64 in host memory, of any shape
-    and strides: NumPy arrays, :class:`rmsprop.Parameter`, buffers, or DLPack tensors.
-    They are never copied. Gradients have the parameter's shape and dtype and are read
+    Parameters are writable arrays of float16, bfloat16, float32 or float64 in host memory,
+    of any shape and strides: NumPy arrays, :class:`rmsprop.Parameter`, buffers, or DLPack
+    tensors. They are never copied. Those of 16 bits compute in float32, as does their state.
+    Gradients have the parameter's shape, and its dtype or another of these, and are read
     only. The state (one array a parameter, more with ``centered`` and ``momentum``) is
     allocated here, and nothing that grows with it later.
 
@@ -160,6 +171,18 @@ class RMSprop(_core.Optimizer):
             changes nothing and adds to ``skipped_steps``; ``"raise"``.
         threads: at most so many threads. None: ``RMSPROP_NUM_THREADS``, or as many as
             the process may use. Small steps stay on the caller.
+        state_dtype: the type of the state of float32 and 16-bit parameters: ``"float32"``;
+            ``"bfloat16"``, rounded at random so that averages do not stick; ``"uint8"``, codes
+            of which 256 share a scale (parameters of more than 4,096 elements; without
+            ``centered``); or a mapping from keys of the state to these. ``ema`` stays wide
+            unless named.
+        rounding: of parameters of 16 bits: ``"nearest"``, which loses small updates, or
+            ``"stochastic"``, which keeps them on average.
+        master_weight_bits: keeps what rounding takes from a bfloat16 parameter in the state
+            ``error_bits``: with 32 training is float32's, bit for bit
+            (:meth:`float32_params`); with 24 in half the memory. None keeps nothing.
+        seed: of the random bits, which depend on it, the parameter, the update and the element
+            alone. Restart with the same one: it is in no checkpoint, as are the three before.
 
     Raises:
         TypeError: something is not an array of a supported dtype, or not a number.
@@ -230,6 +253,10 @@ class RMSprop(_core.Optimizer):
         max_grad_norm: float | None = None,
         nonfinite: Nonfinite = "propagate",
         threads: int | None = None,
+        state_dtype: StateDType = None,
+        rounding: Rounding = "nearest",
+        master_weight_bits: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.defaults = {
             "lr": lr,
@@ -255,6 +282,7 @@ class RMSprop(_core.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.threads = threads
+        self._store(Storage(state_dtype, rounding, master_weight_bits, seed))
         groups = list(_groups_in(params))
         if not any(objects for _, objects, _ in groups):
             raise ValueError("params: expected at least one parameter, got none")
@@ -302,6 +330,27 @@ class RMSprop(_core.Optimizer):
                 group["param_names"] = list(names)
             complete.append((group, names))
         self._add_groups(complete)
+
+    def _store(self, storage: Storage) -> None:
+        self._set_storage(*storage)
+        if isinstance(storage.state_dtype, Mapping):
+            storage = storage._replace(state_dtype=dict(storage.state_dtype))
+        self._storage = storage
+
+    @property
+    def state_dtype(self) -> StateDType:
+        """The type of the state, as it was given."""
+        return self._storage.state_dtype
+
+    @property
+    def rounding(self) -> Rounding:
+        """How parameters of 16 bits are rounded."""
+        return self._storage.rounding
+
+    @property
+    def master_weight_bits(self) -> int | None:
+        """How many bits of bfloat16 parameters are kept, error bits included."""
+        return self._storage.master_weight_bits
 
     @property
     def state(self) -> State:
@@ -411,6 +460,39 @@ class RMSprop(_core.Optimizer):
         tensors = [p for p, _ in pairs if torch and isinstance(p, torch.Tensor)]
         return averaged(self, [(as_ndarray(p), ema) for p, ema in pairs], tensors)
 
+    def float32_params(self) -> list[np.ndarray]:
+        """Returns copies of the full values of the parameters, in their order.
+
+        Those of 16 bits are widened, with their ``error_bits`` where they have any.
+
+        Example:
+            >>> w = np.ones(2, np.float16)
+            >>> RMSprop([w]).float32_params()
+            [array([1., 1.], dtype=float32)]
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        entries = self.state.values()
+        return [
+            joined(as_ndarray(p), entry.get("error_bits"))
+            for p, entry in zip(params, entries)
+        ]
+
+    @staticmethod
+    def float32_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a checkpoint that any RMSprop loads: the same with its state in float32.
+
+        Error bits are left out: save :meth:`float32_params` beside it.
+
+        Example:
+            >>> opt = RMSprop([np.ones(2, np.float32)], state_dtype="bfloat16")
+            >>> RMSprop.float32_state(opt.state_dict())["state"][0]["square_avg"]
+            array([0., 0.], dtype=float32)
+        """
+        state = {
+            index: float32_entry(entry) for index, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state and the options, in torch's shape; arrays are copies.
 
@@ -510,12 +592,14 @@ class RMSprop(_core.Optimizer):
         return {
             "attributes": dict(self.__dict__),
             "options": options,
+            "storage": self._storage,
             "param_groups": [dict(group) for group in self.param_groups],
             "state": self.state_dict()["state"],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state["attributes"])
+        self._store(state["storage"])
         for key, value in state["options"].items():
             setattr(self, key, value)
         self._add_groups(
@@ -536,7 +620,9 @@ class RMSprop(_core.Optimizer):
                 for key in sorted(group)
                 if key not in ("params", "param_names")
             ]
-        options = ("max_grad_norm", "nonfinite", "threads")
+        options = ["max_grad_norm", "nonfinite", "threads"]
+        storage = zip(self._storage, Storage(), self._storage._fields)
+        options += [key for value, usual, key in storage if value != usual]
         lines += [f"{key}: {getattr(self, key)}" for key in options]
         return "\n".join([*lines, ")"])
 

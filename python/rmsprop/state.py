@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 
-from rmsprop import _core
+from rmsprop import _core, storage
+from rmsprop.storage import SCALE, At
 
 
 class State(MutableMapping[int, Any]):
@@ -71,7 +73,8 @@ class State(MutableMapping[int, Any]):
 class ParameterState(MutableMapping[str, Any]):
     """The state of one parameter: ``step`` and the arrays ``square_avg``, with
     centered ``grad_avg``, with momentum ``momentum_buffer``, with ema_decay ``ema``, which is
-    not there before the first update.
+    not there before the first update, with master_weight_bits ``error_bits``. With
+    state_dtype they have that type: codes are uint8, and ``square_avg_scale`` has their scales.
 
     An array is a view of the optimizer's memory: what is written into it counts at the
     next step. Assigning checks and copies.
@@ -95,11 +98,11 @@ class ParameterState(MutableMapping[str, Any]):
     def __delitem__(self, key: str) -> None:
         if key not in self:
             raise KeyError(key)
-        self._optimizer._restore([(self._index, {key: self._start(key)})])
+        self._optimizer._restore([(self._index, self._start(key.removesuffix(SCALE)))])
 
     def __iter__(self) -> Iterator[str]:
         yield "step"
-        yield from self._optimizer._state_keys(self._index)
+        yield from (key for key, _ in self._optimizer._state_keys(self._index))
 
     def __len__(self) -> int:
         return 1 + len(self._optimizer._state_keys(self._index))
@@ -122,14 +125,27 @@ class ParameterState(MutableMapping[str, Any]):
         """Not offered: every key keeps a value, so it would have no end."""
         raise TypeError("state: expected pop(key), for keys never run out")
 
-    def _start(self, key: str, square_avg: float | None = None) -> Any:
-        """What a key starts at; None for an average, which starts as its parameter."""
+    def _start(self, key: str, square_avg: float | None = None) -> dict[str, Any]:
+        """What a key starts at, as it is stored; None for an average, which starts as its parameter."""
+        if key == "ema":
+            return {key: None}
         if key != "square_avg":
-            return None if key == "ema" else 0
-        if square_avg is not None:
-            return square_avg
-        group = self._optimizer._group_index(self._index)
-        return self._optimizer.param_groups[group]["initial_square_avg"]
+            value: float = 0
+        elif square_avg is not None:
+            value = square_avg
+        else:
+            group = self._optimizer._group_index(self._index)
+            value = self._optimizer.param_groups[group]["initial_square_avg"]
+        dtype = "" if key == "step" else self._optimizer._stored_dtype(self._index, key)
+        at = At(0, self._index, 0, key)
+        return (
+            dict(storage.narrowed(np.array([value]), dtype, at))
+            if dtype in _NARROW
+            else {key: value}
+        )
+
+
+_NARROW = ("bfloat16", "uint8")
 
 
 def restore(
@@ -148,8 +164,10 @@ def restore(
         group = optimizer._group_index(index)
         start = (options or optimizer.param_groups)[group]["initial_square_avg"]
         keys = ParameterState(optimizer, index)
-        starts = {key: keys._start(key, start) for key in keys}
-        whole.append((index, {**starts, **entry}))
+        complete = dict(entry)
+        for key in storage.without_scales(keys):
+            complete = {**keys._start(key, start), **complete}
+        whole.append((index, complete))
     optimizer._restore(whole, options, list(written))
 
 
@@ -173,15 +191,64 @@ def checked(
             f" got {type(entry).__name__}"
         )
     result: dict[str, Any] = {}
+    if "step" in entry:
+        result["step"] = _count(index, entry["step"])
+    step = result.get("step", optimizer._steps(index))
     for key, value in entry.items():
-        if key == "step":
-            result[key] = _count(index, value)
-        else:
-            optimizer._check_state(index, str(key), value)
-            result[key] = np.array(as_ndarray(value), copy=True)
-            # What was exported a second time must fit as well.
-            optimizer._check_state(index, str(key), result[key])
+        key = str(key)
+        if key != "step" and key.removesuffix(SCALE) not in (key, *entry):
+            result[key] = _checked_scale(optimizer, index, key, value)
+        elif key != "step" and not (key.endswith(SCALE)):
+            scale = entry.get(key + SCALE)
+            result.update(_checked_array(optimizer, index, key, value, scale, step))
     return result
+
+
+def _checked_array(
+    optimizer: _core.Optimizer, index: int, key: str, value: Any, scale: Any, step: int
+) -> dict[str, Any]:
+    """An array of state, and its scales, in the storage of the optimizer."""
+    try:
+        own = optimizer._stored_dtype(index, key)
+    except KeyError:
+        if key == "error_bits":
+            return {}  # of a parameter that has none here
+        own = ""
+    name = storage.named(getattr(value, "dtype", ""))
+    narrow = None
+    if key == "error_bits" and name in ("int8", "int16"):
+        value = storage.error_bits_as(as_ndarray(value), own)
+    elif name in _NARROW and own in ("float32", *_NARROW):
+        narrow = np.array(as_ndarray(value), copy=True)
+        scale = None if scale is None else np.array(as_ndarray(scale), copy=True)
+        try:
+            value = storage.widened(narrow, key, scale)
+        except ValueError as error:
+            raise ValueError(f"state of parameter {index}: {error}") from None
+    wanted = "float32" if own in _NARROW else own
+    optimizer._check_state(index, key, value, wanted)
+    array = np.array(as_ndarray(value), copy=True)
+    # What was exported a second time must fit as well.
+    optimizer._check_state(index, key, array, wanted)
+    if narrow is not None and name == own:
+        return {key: narrow} if scale is None else {key: narrow, key + SCALE: scale}
+    return dict(storage.narrowed(array, own, At(optimizer.seed, index, step, key)))
+
+
+def _checked_scale(
+    optimizer: _core.Optimizer, index: int, key: str, value: Any
+) -> np.ndarray:
+    """Scales of codes that stay as they are."""
+    keys = [name for name, _ in optimizer._state_keys(index)]
+    wanted = optimizer._state_array(index, key) if key in keys else None
+    found = np.array(as_ndarray(value), copy=True)
+    if wanted is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+        want = "no such key" if wanted is None else f"float32 of shape {wanted.shape}"
+        raise ValueError(
+            f"state {key} of parameter {index}: expected {want}, got {found.dtype} of shape"
+            f" {found.shape}"
+        )
+    return found
 
 
 def _count(index: int, value: Any) -> int:
@@ -210,6 +277,9 @@ def as_ndarray(value: Any) -> np.ndarray:
         array.flags.writeable = False  # a copy: what is written there would be lost
         return array
     if hasattr(value, "detach"):
+        if str(value.dtype) == "torch.bfloat16":  # no type of NumPy's own
+            bits = value.detach().view(sys.modules["torch"].uint16)
+            return storage.as_bfloat16(bits.numpy())
         # torch exports no tensor that requires grad, and NumPy before 2.1 takes an
         # exported one for read-only.
         return np.asarray(value.detach().numpy())

@@ -14,11 +14,9 @@ import inspect
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
-
-import numpy as np
 
 try:
     import torch
@@ -34,12 +32,14 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from rmsprop import _core, backward, fallback, torch_names
+from rmsprop import _core, backward, fallback, torch_names, torch_storage
+from rmsprop.state import as_ndarray
+from rmsprop.storage import SCALE, Storage, joined
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from rmsprop.types import Nonfinite
+    from rmsprop.types import Nonfinite, Rounding, StateDType
 
 __all__ = ["RMSprop"]
 
@@ -67,9 +67,10 @@ class RMSprop(Optimizer):
     with the same defaults; so do state, checkpoints, hooks and schedulers. ``foreach``
     makes no difference.
 
-    float32, float64 and complex tensors in host memory are stepped here, on torch's own
-    threads; all others (CUDA, half precision, ``capturable``, ``differentiable``) by torch's
-    own ``rmsprop``, which has none of the options after ``differentiable``.
+    Tensors of floats and complex numbers in host memory are stepped here, on torch's own
+    threads; all others (CUDA, ``capturable``, ``differentiable``) by torch's
+    own ``rmsprop``, which has none of the options after ``differentiable``. Those of 16 bits
+    compute in float32, as does their state.
 
     Args:
         params: as for every torch optimizer: tensors, ``(name, tensor)`` pairs or
@@ -114,6 +115,18 @@ class RMSprop(Optimizer):
             not faster for it.
         threads: at most so many threads. None: ``RMSPROP_NUM_THREADS``, or else
             ``torch.get_num_threads()``. Small steps stay on the caller.
+        state_dtype: the type of the state of float32 and 16-bit parameters: ``"float32"``;
+            ``"bfloat16"``, rounded at random so that averages do not stick; ``"uint8"``, codes
+            of which 256 share a scale (parameters of more than 4,096 elements; without
+            ``centered``); or a mapping from keys of the state to these. ``ema`` stays wide
+            unless named.
+        rounding: of parameters of 16 bits: ``"nearest"``, which loses small updates, or
+            ``"stochastic"``, which keeps them on average.
+        master_weight_bits: keeps what rounding takes from a bfloat16 parameter in the state
+            ``error_bits``: with 32 training is float32's, bit for bit
+            (:meth:`float32_params`); with 24 in half the memory. None keeps nothing.
+        seed: of the random bits, which depend on it, the parameter, the update and the element
+            alone. Restart with the same one: it is in no checkpoint, as are the three before.
 
     Raises:
         TypeError, ValueError: as ``torch.optim.RMSprop``, with the same texts; ValueError
@@ -140,6 +153,7 @@ class RMSprop(Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None = None
+    _storage = Storage()
     #: What step_in_backward() has returned, while it is on; in no pickle.
     _in_backward: backward.Handle | None = None
 
@@ -171,6 +185,10 @@ class RMSprop(Optimizer):
         nonfinite: Nonfinite = "propagate",
         contiguous_params: bool = False,
         threads: int | None = None,
+        state_dtype: StateDType = None,
+        rounding: Rounding = "nearest",
+        master_weight_bits: int | None = None,
+        seed: int = 0,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -187,6 +205,7 @@ class RMSprop(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.threads = threads
+        self._store(Storage(state_dtype, rounding, master_weight_bits, seed))
         own = {
             "eps_in_sqrt": eps_in_sqrt,
             "initial_square_avg": initial_square_avg,
@@ -224,7 +243,9 @@ class RMSprop(Optimizer):
     # Optimizer.__init__ itself.
     @cached_property
     def _stepper(self) -> _core.Stepper:
-        return _core.Stepper()
+        stepper = _core.Stepper()
+        stepper._set_storage(*self._storage)
+        return stepper
 
     @cached_property
     def _lock(self) -> _Lock:
@@ -261,6 +282,32 @@ class RMSprop(Optimizer):
     def threads(self, value: int | None) -> None:
         self._stepper.threads = value
 
+    def _store(self, storage: Storage) -> None:
+        self._stepper._set_storage(*storage)
+        if isinstance(storage.state_dtype, Mapping):
+            storage = storage._replace(state_dtype=dict(storage.state_dtype))
+        self._storage = storage
+
+    @property
+    def state_dtype(self) -> StateDType:
+        """The type of the state, as it was given."""
+        return self._storage.state_dtype
+
+    @property
+    def rounding(self) -> Rounding:
+        """How parameters of 16 bits are rounded."""
+        return self._storage.rounding
+
+    @property
+    def master_weight_bits(self) -> int | None:
+        """How many bits of bfloat16 parameters are kept, error bits included."""
+        return self._storage.master_weight_bits
+
+    @property
+    def seed(self) -> int:
+        """The seed of the random bits of rounding."""
+        return self._stepper.seed
+
     @property
     def last_grad_norm(self) -> float | None:
         """The L2 norm over all gradients at the last step, before clipping.
@@ -277,7 +324,7 @@ class RMSprop(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._stepper._check_trained("pickle")
         own = {key: getattr(self, key) for key in (*_OF_OPTIMIZER, "skipped_steps")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "storage": tuple(self._storage)}
 
     def __repr__(self) -> str:
         # Torch's own, as long as no option of ours is used.
@@ -287,11 +334,15 @@ class RMSprop(Optimizer):
             for key, value in options.items()
             if value not in (None, "propagate")
         ]
+        storage = zip(self._storage, Storage(), Storage._fields)
+        used += [f"{key}: {value}\n" for value, usual, key in storage if value != usual]
         return super().__repr__().removesuffix(")") + "".join(used) + ")"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # From a pickle, or (only "state" and "param_groups") from load_state_dict.
         state = dict(state)
+        if "storage" in state:
+            self._store(Storage(*state.pop("storage")))
         for key in (*_OF_OPTIMIZER, "skipped_steps"):
             if key in state:
                 setattr(self._stepper, key, state.pop(key))
@@ -326,12 +377,77 @@ class RMSprop(Optimizer):
         optimizer, tensors that need no other dtype or device are not copied; arrays are.
         """
         self._stepper._check_trained("load_state_dict")
+        stored: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def take(_: Optimizer, checkpoint: dict[str, Any]) -> None:
+            _take_arrays(checkpoint)
+            stored.extend(self._stored(checkpoint))
+
         # After the hooks of others, which may make something else of a checkpoint.
-        handle = self.register_load_state_dict_pre_hook(_take_arrays)
+        handle = self.register_load_state_dict_pre_hook(take)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for p, entry in stored:
+            own = self.state[p]
+            for key in [
+                key for key in own if key.endswith(SCALE) or key == "error_bits"
+            ]:
+                del own[key]
+            own.update(entry)
+
+    def _stored(
+        self, checkpoint: dict[str, Any]
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What torch would load wrong of a checkpoint, as it is stored here."""
+        indices = [
+            index for group in checkpoint["param_groups"] for index in group["params"]
+        ]
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(indices) != len(params):
+            return []  # torch will say so
+        found = []
+        for place, (index, p) in enumerate(zip(indices, params)):
+            entry = checkpoint["state"].get(index)
+            is_stored = self._storage[:3] != Storage()[:3]
+            if is_stored or torch_storage.needs_loading(p, entry):
+                loaded = torch_storage.loaded(self._stepper, p, place, entry, self.seed)
+                found.append((p, loaded))
+        return found
+
+    def float32_params(self) -> list[Tensor]:
+        """Returns copies of the full values of the parameters, in their order.
+
+        Those of 16 bits are widened, with their ``error_bits`` where they have any.
+
+        Example:
+            >>> net = torch.nn.Linear(3, 1, dtype=torch.bfloat16)
+            >>> opt = RMSprop(net.parameters(), master_weight_bits=32)
+            >>> [tuple(p.shape) for p in opt.float32_params()]
+            [(1, 3), (1,)]
+        """
+        full = []
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.dtype not in (torch.float16, torch.bfloat16):
+                full.append(p.detach().clone())
+                continue
+            error_bits = self.state.get(p, {}).get("error_bits")
+            errors = None if error_bits is None else error_bits.numpy()
+            full.append(torch.from_numpy(joined(as_ndarray(p), errors)))
+        return full
+
+    @staticmethod
+    def float32_state(state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Returns a checkpoint that any RMSprop loads: the same with its state in float32.
+
+        Error bits are left out: save :meth:`float32_params` beside it.
+        """
+        state = {
+            index: torch_storage.float32_entry(entry)
+            for index, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
 
     def add_param_group(self, param_group: _Group) -> None:
         """Adds a group of parameters with options of its own; the others are defaults.
@@ -405,8 +521,8 @@ class RMSprop(Optimizer):
                 return None
             return self._update_hooked(*args, **kwargs)
         found = self._stepper.step(self.param_groups, self.state)
-        if found is not True:
-            self._finish(found)
+        if isinstance(found, list):
+            self._step_odd(found)
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -486,15 +602,8 @@ class RMSprop(Optimizer):
         found: Any = []
         if not torch_names.is_watched():
             found = self._stepper.step(self.param_groups, self.state, only)
-        self._finish(found, only)
-
-    def _finish(self, found: Any, only: fallback.Place | None = None) -> None:
-        """Does what the core has left to do."""
         if isinstance(found, list):
             self._step_odd(found, only)
-        elif isinstance(found, tuple):
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                fallback.step_left(self, found)
 
     def _step_odd(self, odd: list[int], only: fallback.Place | None = None) -> None:
         """Performs a step of which something is not ordinary; threads take turns."""
@@ -545,7 +654,7 @@ for _function in (_step, RMSprop._update_hooked):
 
 def _flatten(params: list[Tensor]) -> None:
     """Moves parameters next to each other."""
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         members = [p for p in params if p.dtype == dtype and _is_movable(p)]
         shared = Counter(p.untyped_storage().data_ptr() for p in members)
         members = [p for p in members if shared[p.untyped_storage().data_ptr()] == 1]
@@ -568,15 +677,10 @@ def _is_movable(p: Tensor) -> bool:
     return p.untyped_storage().nbytes() == p.nbytes and not p.is_shared()
 
 
-def _take_arrays(_: Optimizer, state_dict: dict[str, Any]) -> None:
+def _take_arrays(state_dict: dict[str, Any]) -> None:
     """Copies the NumPy arrays of a checkpoint into tensors."""
-
-    def tensor_of(value: Any) -> Any:
-        is_array = isinstance(value, np.ndarray)
-        return torch.from_numpy(value.copy()) if is_array else value
-
     state_dict["state"] = {
-        key: {name: tensor_of(value) for name, value in entry.items()}
+        key: {name: torch_storage.tensor_of(value) for name, value in entry.items()}
         if isinstance(entry, dict)
         else entry
         for key, entry in state_dict["state"].items()

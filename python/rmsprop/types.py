@@ -28,6 +28,17 @@ Dialect: TypeAlias = Literal[
 Nonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 
 
+#: How parameters of 16 bits are rounded.
+Rounding: TypeAlias = Literal["nearest", "stochastic"]
+
+#: The types of state: one for all, or by key.
+StateDType: TypeAlias = (
+    Literal["float32", "bfloat16", "uint8"]
+    | Mapping[str, Literal["float32", "bfloat16", "uint8"]]
+    | None
+)
+
+
 class DialectOptions(TypedDict):
     """A whole formula: what :func:`rmsprop.dialect` returns, for both fronts."""
 
@@ -68,6 +79,10 @@ class Overrides(TypedDict, total=False):
     nonfinite: Nonfinite
     contiguous_params: bool
     threads: int | None
+    state_dtype: StateDType
+    rounding: Rounding
+    master_weight_bits: Literal[24, 32] | None
+    seed: int
     capturable: bool
     foreach: bool | None
     differentiable: bool

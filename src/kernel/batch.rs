@@ -18,17 +18,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::isa::Code;
 use super::rule::{AnyRule, Real, Rule, Slices, with_rule};
-use super::stage::{Form, STAGE};
-use super::{ROLES, Role, norm};
+use super::stage::{Address, Form, RoomOf, STAGE};
+use super::storage::BLOCK;
+use super::{Role, SWEPT, norm};
 use crate::threads::Threads;
 
 /// Elements a thread takes at a time, at most: 64 KiB of each f32 stream, so that the streams of a
 /// chunk fit the second-level cache and a step of a millisecond still has enough chunks to balance.
 const CHUNK: usize = 16 * 1024;
-
-/// Elements of one parameter that a chunk never cuts apart. State of fewer bits will share a scale
-/// among so many.
-const BLOCK: usize = 256;
 
 /// Bytes of a cache line, which are those of the longest vector.
 const LINE: usize = 64;
@@ -40,11 +37,15 @@ const ALIGNED_FROM: usize = 4096;
 /// which only makes threads pay earlier.
 const STREAMS: usize = 5;
 
+/// The roles that the arrays of a dense piece have: the first ones. (With one more, or the words of a
+/// form, a piece would not fit a cache line.)
+pub(crate) const DENSE_ROLES: usize = 5;
+
 /// The elements of one parameter, or of several that lie next to each other in all their arrays.
 #[derive(Clone, Copy)]
 pub(crate) struct Piece {
-    /// By [`Role`]; anything for those that the rule does not use.
-    pub arrays: [*mut u8; ROLES],
+    /// Of a dense piece, by [`Role`]; anything for those that the rule does not use.
+    pub arrays: [Address; DENSE_ROLES],
     /// At least 1.
     pub numel: usize,
     /// The parameter's index over all groups.
@@ -56,17 +57,10 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
-    /// The form of arrays that are all dense in the same order and of the compute type.
+    /// The form of arrays that are all dense in the same order and of the compute type, and of no
+    /// more than the first roles.
     pub const DENSE: u32 = u32::MAX;
 }
-
-// SAFETY: the pointers are followed only inside the methods of `Work`, which hold the borrow that
-// `push` was promised, and there distinct chunks are disjoint.
-#[allow(unsafe_code)]
-unsafe impl Send for Piece {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl Sync for Piece {}
 
 /// The storage of [`Work`], and the code that it runs.
 pub(crate) struct Batch {
@@ -127,6 +121,7 @@ impl Batch {
         self.open();
         self.pieces.try_reserve(parameters)?;
         self.rules.try_reserve(parameters)?;
+        self.forms.try_reserve(parameters)?;
         self.ends.clear();
         self.ends.try_reserve(parameters)?;
         self.squares.clear();
@@ -169,14 +164,6 @@ impl<'a> Work<'_, 'a> {
         (rules.len() - 1) as u32
     }
 
-    /// Takes a form and returns its index.
-    #[cfg(feature = "python")] // Only Python's arrays are strided.
-    pub fn push_form(&mut self, form: Form) -> u32 {
-        let forms = &mut self.batch.forms;
-        forms.push(form);
-        (forms.len() - 1) as u32
-    }
-
     /// Adds the parameter of that index. The slices that the rule uses have its length.
     #[allow(unsafe_code)]
     pub fn push_slices<T: Real>(&mut self, index: usize, slices: Slices<'a, T>, rule: u32) {
@@ -187,31 +174,66 @@ impl<'a> Work<'_, 'a> {
         assert!(any.dtype() == T::DTYPE && any.roles().all(|role| lens[role as usize] == numel));
         let g = g.as_ptr().cast_mut();
         let [p, v, m, b, e] = [p, v, m, b, e].map(<[T]>::as_mut_ptr);
-        let piece = Piece {
-            arrays: [p, g, v, m, b, e].map(<*mut T>::cast),
+        let arrays = [p, g, v, m, b, e].map(|array| Address(array.cast()));
+        // SAFETY: the slices are borrowed for 'a, mutably where written, of the rule's type, and
+        // have `numel` elements.
+        unsafe { self.push(index, arrays, numel, rule) };
+    }
+
+    /// Adds a piece: arrays by role that are all dense in the same order and of the compute type.
+    ///
+    /// # Safety
+    /// - `rule` came from this work.
+    /// - For `'a`, each array that the rule uses is aligned and valid for `numel` elements of the
+    ///   rule's type: for reads, and but for the gradient for writes too.
+    /// - No element of a written array is reached by another role of this piece, nor by another
+    ///   piece, unless the work is done by the caller alone.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub unsafe fn push(&mut self, index: usize, arrays: [Address; SWEPT], numel: usize, rule: u32) {
+        let [dense @ .., ema] = arrays;
+        if with_rule!(&self.batch.rules[rule as usize], rule => rule.has_average()) {
+            let dtype = self.batch.rules[rule as usize].dtype();
+            let form = Form::dense(dtype, numel, dense, ema);
+            // SAFETY: passed on to the caller.
+            return unsafe { self.push_form(index, form, numel, rule) };
+        }
+        self.add(Piece {
+            arrays: dense,
             numel,
             index: index as u32,
             rule,
             form: Piece::DENSE,
-        };
-        // SAFETY: the slices are borrowed for 'a, mutably where written, of the rule's type, and
-        // have `numel` elements.
-        unsafe { self.push(piece) };
+        });
     }
 
-    /// Adds a piece.
+    /// Adds a piece of any other form.
     ///
     /// # Safety
-    /// - `rule` and `form` came from this work.
-    /// - For `'a`, each array that the rule uses is valid for the elements that `numel` (dense) or
-    ///   the form names: for reads, and but for the gradient for writes too. All are aligned, but a
-    ///   gradient that the form says is not; dense ones and those that are written are of the rule's
-    ///   compute type.
+    /// - `rule` came from this work.
+    /// - For `'a`, each array that the rule uses is valid for the `numel` elements that the form names,
+    ///   of the type that it says: for reads, and but for the gradient for writes too; so are the
+    ///   scales of codes, and the error bits if it has any. All are aligned, but a gradient that the
+    ///   form says is not. Those that are written are of the rule's compute type, or of one that
+    ///   storage narrows `f32` to.
     /// - No element of a written array is reached by another role of this piece, or twice through
     ///   its own form, nor by another piece, unless the work is done by the caller alone.
-    #[inline]
     #[allow(unsafe_code)]
-    pub unsafe fn push(&mut self, piece: Piece) {
+    pub unsafe fn push_form(&mut self, index: usize, form: Form, numel: usize, rule: u32) {
+        let forms = &mut self.batch.forms;
+        let piece = Piece {
+            arrays: [Address::NOWHERE; DENSE_ROLES],
+            numel,
+            index: index as u32,
+            rule,
+            form: forms.len() as u32,
+        };
+        forms.push(form);
+        self.add(piece);
+    }
+
+    #[inline]
+    fn add(&mut self, piece: Piece) {
         let batch = &mut *self.batch;
         if piece.numel == 0 {
             return;
@@ -252,19 +274,24 @@ impl<'a> Work<'_, 'a> {
             ..
         } = &mut *self.batch;
         spans.clear();
-        if spans.try_reserve(pieces.len() * ROLES).is_err() {
+        if spans.try_reserve(2 * pieces.len() * SWEPT).is_err() {
             return false;
         }
         for piece in &*pieces {
             let rule = &rules[piece.rule as usize];
-            for role in rule.roles() {
-                let data = piece.arrays[role as usize].addr();
-                let (from, to) = match forms.get(piece.form as usize) {
-                    None => (0, (piece.numel * rule.dtype().size()) as isize),
-                    Some(form) => form.span(role),
-                };
-                let at = |offset| data.wrapping_add_signed(offset);
-                spans.push((at(from), at(to), role.is_written()));
+            let Some(form) = forms.get(piece.form as usize) else {
+                for role in rule.roles() {
+                    let data = piece.arrays[role as usize].0.addr();
+                    let end = data + piece.numel * rule.dtype().size();
+                    spans.push((data, end, role.is_written()));
+                }
+                continue;
+            };
+            for role in rule.roles().chain(form.error_bits()) {
+                let (start, end) = form.span(role);
+                spans.push((start, end, role.is_written()));
+                let scales = form.span_of_scales(role, piece.numel);
+                spans.extend(scales.map(|(start, end)| (start, end, true)));
             }
         }
         spans.sort_unstable();
@@ -420,21 +447,17 @@ impl Batch {
                 return None;
             }
             let (start, len) = (stretch.start, stretch.len.min(piece.numel - stretch.start));
-            // First up to the cache line that the parameter begins on: stores that go across two
-            // lines made 10 M elements slower by a tenth. State mostly lies like its parameter.
-            let p = piece.arrays[Role::Parameter as usize].cast::<T>();
-            let head = match len {
-                0..ALIGNED_FROM => 0,
-                _ => p.wrapping_add(start).addr().wrapping_neg() % LINE / size_of::<T>(),
-            };
+            let p = piece.arrays[Role::Parameter as usize].0.cast::<T>();
+            let head = head(p.wrapping_add(start), len);
             let len = if head > 0 { head } else { len };
             stretch.advance(len);
-            let arrays = piece
+            let [p, g, v, m, b] = piece
                 .arrays
-                .map(|array| array.cast::<T>().wrapping_add(start));
-            // SAFETY: by the contract of `push` the arrays that the rule uses are valid for `numel`
-            // elements of its type, and those that are written are not aliased; nobody else works on
-            // these elements, for the chunks of a step are disjoint.
+                .map(|array| array.0.cast::<T>().wrapping_add(start));
+            let arrays = [p, g, v, m, b, std::ptr::null_mut()];
+            // SAFETY: by the contract of `push` the arrays that the rule uses, of which there is no
+            // average, are valid for `numel` elements of its type, and those that are written are not
+            // aliased; nobody else works on these elements, for the chunks of a step are disjoint.
             Some(unsafe { Slices::new(arrays, len, rule) })
         });
         self.code_now.sweep_all(all, rule);
@@ -453,9 +476,10 @@ impl Batch {
         let start = stretch.start;
         let len = stretch.len.min(piece.numel - start);
         stretch.advance(len);
-        // SAFETY: by the contract of `push` the arrays that the rule uses are of this form; nobody
-        // else works on these elements, for the chunks of a step are disjoint.
-        unsafe { form.sweep(self.code_now, &piece.arrays, start..start + len, rule) };
+        let (index, range) = (piece.index as usize, start..start + len);
+        // SAFETY: by the contract of `push_form` the arrays that the rule uses are of this form; nobody
+        // else works on these elements, for the chunks of a step are disjoint and begin with a block.
+        unsafe { self.code_now.sweep_form(form, index, range, rule) };
     }
 
     /// Calls `look(start, elements)` for stretches of a piece's gradient from `start` to `end`, in
@@ -468,19 +492,20 @@ impl Batch {
         (start, end): (usize, usize),
         mut look: impl FnMut(usize, &[T]) -> Option<R>,
     ) -> Option<R> {
-        let g = piece.arrays[Role::Gradient as usize].cast_const();
         let Some(form) = self.forms.get(piece.form as usize) else {
+            let g = piece.arrays[Role::Gradient as usize].0.cast_const();
             // SAFETY: by the contract of `push` a dense gradient is valid for `numel` elements of the
             // rule's type.
             let g = unsafe { std::slice::from_raw_parts(g.cast::<T>().add(start), end - start) };
             return look(start, g);
         };
-        let mut buffer = [T::ZERO; STAGE];
+        let (mut buffer, mut room) = ([T::ZERO; STAGE], RoomOf::NEW);
+        let mut room = room.room(form, STAGE.min(end - start));
         (start..end).step_by(STAGE).find_map(|start| {
             let part = start..(start + STAGE).min(end);
             let len = part.len();
-            // SAFETY: by the contract of `push` the gradient is of this form.
-            unsafe { form.fill(Role::Gradient, g, part, &mut buffer) };
+            // SAFETY: by the contract of `push_form` the gradient is of this form.
+            unsafe { form.fill(Role::Gradient, part, &mut buffer, &mut room) };
             look(start, &buffer[..len])
         })
     }
@@ -518,6 +543,24 @@ impl Batch {
             work(chunk, norm::total(sums));
         }
     }
+}
+
+/// Elements up to the cache line that the parameter begins on, if it is worth it: stores that go across
+/// two lines made 10 M elements slower by a tenth. State mostly lies like its parameter.
+#[inline(always)]
+fn head<T>(p: *const T, len: usize) -> usize {
+    match len {
+        0..ALIGNED_FROM => 0,
+        _ => p.addr().wrapping_neg() % LINE / size_of::<T>(),
+    }
+}
+
+/// Those elements, and the others.
+#[inline(always)]
+pub(super) fn aligned<T: Real>(slices: Slices<'_, T>) -> impl Iterator<Item = Slices<'_, T>> {
+    let head = head(slices.p.as_ptr(), slices.p.len());
+    let (first, others) = slices.split_at(head);
+    [first, others].into_iter()
 }
 
 /// A part of the flat range.

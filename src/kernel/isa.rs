@@ -7,6 +7,7 @@
 //! That the processor has an instruction set is a value ([`Code`]), made where it is asked, so no
 //! function that needs one can be called without.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
@@ -14,6 +15,7 @@ use super::avx512::HasAvx512;
 #[cfg(target_arch = "x86_64")]
 use super::rule::Momentum;
 use super::rule::{Real, Rule, Slices};
+use super::stage::Form;
 use super::{norm, update};
 use crate::error::Error;
 
@@ -170,6 +172,30 @@ impl Code {
         }
     }
 
+    /// Updates a range of the elements of the parameter with that index.
+    ///
+    /// # Safety
+    /// As [`Form::sweep`].
+    #[allow(unsafe_code)]
+    pub unsafe fn sweep_form<T: Real>(
+        self,
+        form: &Form,
+        index: usize,
+        range: Range<usize>,
+        rule: &Rule<T>,
+    ) {
+        // SAFETY: passed on to the caller, and the proofs.
+        unsafe {
+            match self {
+                Code::Scalar | Code::Baseline => form.sweep(self, index, range, rule),
+                #[cfg(target_arch = "x86_64")]
+                Code::Avx2(_) => sweep_form_avx2(self, form, index, range, rule),
+                #[cfg(target_arch = "x86_64")]
+                Code::Avx512(..) => sweep_form_avx512(self, form, index, range, rule),
+            }
+        }
+    }
+
     /// Adds the squares of the elements of a chunk from `at` on to its sums.
     #[cfg_attr(target_arch = "x86_64", allow(unsafe_code))]
     pub fn add_squares<T: Real>(self, sums: &mut norm::Sums, at: usize, g: &[T]) {
@@ -238,6 +264,38 @@ fn sweep_avx512<'a, T: Real>(
     } else {
         update::sweep_all::<T, T::Avx512>(proof, all, &unscaled);
     }
+}
+
+/// # Safety
+/// As [`Form::sweep`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[allow(unsafe_code)]
+unsafe fn sweep_form_avx2<T: Real>(
+    code: Code,
+    form: &Form,
+    index: usize,
+    range: Range<usize>,
+    rule: &Rule<T>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { form.sweep(code, index, range, rule) };
+}
+
+/// # Safety
+/// As [`Form::sweep`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avx512f,avx512vl,avx512bw,avx512dq")]
+#[allow(unsafe_code)]
+unsafe fn sweep_form_avx512<T: Real>(
+    code: Code,
+    form: &Form,
+    index: usize,
+    range: Range<usize>,
+    rule: &Rule<T>,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { form.sweep(code, index, range, rule) };
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -2,8 +2,9 @@
 //!
 //! [`update`] is the formula and [`rule`] what it needs to know; [`norm`] sums the squares of the
 //! gradients; [`isa`] compiles both for each instruction set. They work on dense slices of the
-//! compute type and know nothing else. [`batch`] cuts the arrays of a step into chunks, and
-//! [`stage`] brings what is not dense, or of another element type, into slices and back.
+//! compute type and know nothing else. [`batch`] cuts the arrays of a step into chunks, [`stage`]
+//! brings what is not dense, or of another element type, into slices and back, and [`storage`] is how
+//! numbers are kept in fewer bits.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -13,6 +14,7 @@ mod lanes;
 pub(crate) mod norm;
 pub(crate) mod rule;
 pub(crate) mod stage;
+pub(crate) mod storage;
 mod update;
 
 #[cfg(feature = "python")]
@@ -29,10 +31,15 @@ pub(crate) enum Role {
     GradAvg,
     MomentumBuffer,
     Ema,
+    /// What rounding took from the parameter: the rule does not know it.
+    ErrorBits,
 }
 
 /// How many roles there are.
-pub(crate) const ROLES: usize = 6;
+pub(crate) const ROLES: usize = 7;
+
+/// Of how many the rule reads or writes arrays: the first ones.
+pub(crate) const SWEPT: usize = 6;
 
 impl Role {
     /// In their order.
@@ -43,6 +50,7 @@ impl Role {
         Role::GradAvg,
         Role::MomentumBuffer,
         Role::Ema,
+        Role::ErrorBits,
     ];
 
     /// The key of the state that it is.
@@ -55,6 +63,7 @@ impl Role {
             Role::GradAvg => Some(StateKey::GradAvg),
             Role::MomentumBuffer => Some(StateKey::MomentumBuffer),
             Role::Ema => Some(StateKey::Ema),
+            Role::ErrorBits => Some(StateKey::ErrorBits),
         }
     }
 
@@ -78,15 +87,39 @@ pub enum DType {
     BF16,
     F32,
     F64,
+    /// Codes of blocks ([`storage`]).
+    U8,
+    /// Error bits of 24 and 32 master bits.
+    I8,
+    I16,
 }
 
 impl DType {
     /// Bytes of an element.
     pub const fn size(self) -> usize {
         match self {
-            DType::F16 | DType::BF16 => 2,
+            DType::U8 | DType::I8 => 1,
+            DType::F16 | DType::BF16 | DType::I16 => 2,
             DType::F32 => 4,
             DType::F64 => 8,
+        }
+    }
+
+    /// Whether parameters may be stored in it.
+    pub const fn is_float(self) -> bool {
+        matches!(self, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
+    }
+
+    /// Whether it is one of error bits.
+    pub const fn is_error_bits(self) -> bool {
+        matches!(self, DType::I8 | DType::I16)
+    }
+
+    /// What is computed in where a parameter is stored in this.
+    pub const fn compute(self) -> DType {
+        match self {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
         }
     }
 }

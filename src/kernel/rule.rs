@@ -4,7 +4,7 @@
 use std::ops::{Add, Div, Mul, Sub};
 
 use super::lanes::Lanes;
-use super::{DType, ROLES, Role};
+use super::{DType, ROLES, Role, SWEPT};
 use crate::config::Config;
 
 /// A compute type: `f32` or `f64`.
@@ -35,9 +35,11 @@ pub trait Real:
 }
 
 pub(super) mod sealed {
+    use super::super::stage::Number;
     use super::super::{DType, lanes::Lanes};
 
-    pub trait Sealed: Sized {
+    #[allow(private_bounds)]
+    pub trait Sealed: Number + Sized {
         /// One number at a time.
         type One: Lanes<Self, Proof = ()>;
         /// What AVX-512 computes with.
@@ -45,20 +47,32 @@ pub(super) mod sealed {
         type Avx512: Lanes<Self, Proof = super::super::avx512::HasAvx512>;
         /// As an element type.
         const DTYPE: DType;
+        /// The same numbers, if they are `f32`.
+        fn as_f32s(numbers: &[Self]) -> Option<&[f32]>;
+        /// The same numbers, if they are `f32`.
+        fn as_f32s_mut(numbers: &mut [Self]) -> Option<&mut [f32]>;
     }
 
     macro_rules! sealed {
-        ($t:ident, $dtype:ident, $avx512:ident) => {
+        ($t:ident, $dtype:ident, $avx512:ident, |$x:ident| $as_f32s:expr) => {
             impl Sealed for $t {
                 type One = $t;
                 #[cfg(target_arch = "x86_64")]
                 type Avx512 = super::super::avx512::$avx512::Block;
                 const DTYPE: DType = DType::$dtype;
+                #[inline(always)]
+                fn as_f32s($x: &[Self]) -> Option<&[f32]> {
+                    $as_f32s
+                }
+                #[inline(always)]
+                fn as_f32s_mut($x: &mut [Self]) -> Option<&mut [f32]> {
+                    $as_f32s
+                }
             }
         };
     }
-    sealed!(f32, F32, f32x64);
-    sealed!(f64, F64, f64x32);
+    sealed!(f32, F32, f32x64, |x| Some(x));
+    sealed!(f64, F64, f64x32, |_x| None);
 }
 
 macro_rules! real {
@@ -238,23 +252,29 @@ impl<T: Real> Rule<T> {
         self.momentum_form != Momentum::Off
     }
 
+    /// Whether an average is kept.
+    #[inline(always)]
+    pub fn has_average(&self) -> bool {
+        self.average_form != Average::Off
+    }
+
     /// Whether there is something to do once the parameter is updated.
     #[inline(always)]
     pub fn has_second_pass(&self) -> bool {
-        self.clip_weights.is_some() || self.average_form != Average::Off
+        self.clip_weights.is_some() || self.has_average()
     }
 
     /// Whether the arrays of a role are read or written.
     #[inline(always)]
     pub fn uses(&self) -> [bool; ROLES] {
-        let averages = self.average_form != Average::Off;
         [
             true,
             true,
             true,
             self.centered,
             self.has_momentum(),
-            averages,
+            self.has_average(),
+            false,
         ]
     }
 
@@ -346,7 +366,7 @@ impl<'a, T: Real> Slices<'a, T> {
     /// are written.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub unsafe fn new(arrays: [*mut T; ROLES], len: usize, rule: &Rule<T>) -> Self {
+    pub unsafe fn new(arrays: [*mut T; SWEPT], len: usize, rule: &Rule<T>) -> Self {
         let uses = rule.uses();
         let slice = |role: Role| match uses[role as usize] {
             true => std::ptr::slice_from_raw_parts_mut(arrays[role as usize], len),

@@ -14,18 +14,21 @@ use pyo3::types::{PyDict, PyList, PyMapping, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::error::{check_room, nonfinite};
-use super::group::{Buffer, Group, NewState, flatten};
+use super::group::{Group, NewState, Stored, flatten};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
 use super::overlap::Extent;
-use super::param::{Destinations, Param, Refused};
+use super::param::{Destinations, Kind, Param, Refused};
 use super::row;
 use super::source::{LentSource, Source, has_changed};
 use super::step::{self, Crew};
+use super::storage::{SCALE, Storage};
 use super::turn::Turns;
-use super::view::{Items, Lent, Quiet, Refusal, WANTED};
+use super::view::{Access, Element, Items, Lent, Quiet, Refusal, View, WANTED, describe_array};
 use crate::error::Error;
-use crate::kernel::batch::{Batch, Piece, Work};
+use crate::kernel::batch::{Batch, Work};
 use crate::kernel::isa::isa;
+use crate::kernel::stage::Address;
+use crate::kernel::storage::BLOCK;
 use crate::kernel::{DType, ROLES, Role};
 use crate::optimizer::{Outcome, RuleCache, Verdict, code_of};
 use crate::state::StateKey;
@@ -194,9 +197,11 @@ impl Optimizer {
 
     /// Adds groups, all or none: dicts that have every option and a tuple of parameters, and the
     /// names of these.
-    fn _add_groups(&self, py: Python<'_>, groups: Vec<NewGroup<'_>>) -> PyResult<()> {
-        let list = self.groups(py);
-        self.contents.wait(py)?.add_groups(py, &groups)?;
+    fn _add_groups(slf: &Bound<'_, Self>, groups: Vec<NewGroup<'_>>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let list = this.groups(py);
+        let storage = slf.as_super().get().values().storage;
+        this.contents.wait(py)?.add_groups(py, &groups, &storage)?;
         groups.iter().try_for_each(|(group, _)| list.append(group))
     }
 
@@ -205,18 +210,40 @@ impl Optimizer {
         self.contents.wait(py)?.group_of(index)
     }
 
-    /// The names of a parameter's state arrays.
-    fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<&'static str>> {
+    /// The names of a parameter's state arrays, and NumPy's names of their types.
+    fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<(String, &'static str)>> {
         let contents = self.contents.wait(py)?;
         let group = &contents.groups[contents.group_of(index)?];
-        let dtype = contents.params[index].dtype;
-        let keys = StateKey::ALL.into_iter();
-        let is_there = |key| key != StateKey::Ema || contents.has_ema[index];
-        let keys = keys.filter(|&key| group.state(dtype, key).is_some() && is_there(key));
-        Ok(keys.map(StateKey::name).collect())
+        let param = &contents.params[index];
+        let mut names = Vec::new();
+        for key in StateKey::EVERY {
+            if key == StateKey::Ema && !contents.has_ema[index] {
+                continue;
+            }
+            if let (Some(dtype), Some(stored)) =
+                (param.stored[key as usize], group.state(param.kind(), key))
+            {
+                names.push((key.name().to_owned(), Element::real(dtype).name()));
+                if stored.scales.is_some() {
+                    names.push((format!("{}{SCALE}", key.name()), "float32"));
+                }
+            }
+        }
+        Ok(names)
     }
 
-    /// A view of a state array, of the parameter's shape; KeyError if there is none of that name.
+    /// NumPy's name of the type that a key's array of a parameter has, or would have.
+    fn _stored_dtype(&self, py: Python<'_>, index: usize, key: &str) -> PyResult<&'static str> {
+        let contents = self.contents.wait(py)?;
+        contents.group_of(index)?;
+        let key = StateKey::named(key).ok_or_else(|| PyKeyError::new_err(key.to_owned()))?;
+        let dtype = contents.params[index].stored[key as usize];
+        let dtype = dtype.ok_or_else(|| PyKeyError::new_err(key.name()))?;
+        Ok(Element::real(dtype).name())
+    }
+
+    /// A view of a state array, of the parameter's shape, or of the scales of one; KeyError if there is
+    /// none of that name.
     fn _state_array<'py>(
         &self,
         py: Python<'py>,
@@ -224,31 +251,36 @@ impl Optimizer {
         key: &str,
     ) -> PyResult<Bound<'py, PyAny>> {
         let contents = self.contents.wait(py)?;
-        match StateKey::named(key) {
-            Some(StateKey::Ema) if !contents.has_ema.get(index).is_some_and(|&has| has) => {
-                contents.group_of(index)?;
-                Err(PyKeyError::new_err(key.to_owned()))
+        contents.group_of(index)?;
+        match StateArray::named(key) {
+            Some(array) if array.key != StateKey::Ema || contents.has_ema[index] => {
+                contents.state_array(py, index, array)
             }
-            Some(key) => contents.state_array(py, index, key),
-            None => Err(PyKeyError::new_err(key.to_owned())),
+            _ => Err(PyKeyError::new_err(key.to_owned())),
         }
     }
 
-    /// Checks that a value can become a state array; ValueError if not.
+    /// Checks that a value has a parameter's shape and the compute type, or the type that the key is
+    /// stored in; ValueError if not.
     fn _check_state(
         &self,
         py: Python<'_>,
         index: usize,
         key: &str,
         value: &Bound<'_, PyAny>,
+        dtype: &str,
     ) -> PyResult<()> {
         let source = Source::of_gradient(value);
         let contents = self.contents.wait(py)?;
         contents.group_of(index)?;
         let param = &contents.params[index];
         let culprit = format!("state {key} of {}", param.culprit("parameter", index));
-        if StateKey::named(key).is_none() {
-            let names = StateKey::ALL.map(StateKey::name).join(", ");
+        let wanted = StateKey::named(key).filter(|&key| param.stored[key as usize].is_some());
+        if wanted.is_none() {
+            let keys = StateKey::EVERY.into_iter();
+            let keys = keys.filter(|&key| param.stored[key as usize].is_some());
+            let names: Vec<_> = keys.map(StateKey::name).collect();
+            let names = names.join(", ");
             let message = format!("{culprit}: expected step or one of {names}");
             return Err(PyValueError::new_err(message));
         }
@@ -256,11 +288,15 @@ impl Optimizer {
             let source = source.ok_or(Refusal::NotAnArray)?;
             Ok(Quiet::during(py, |quiet| {
                 let view = source.lend(quiet).view(quiet)?;
-                param.check_like(&view)
+                match view.element.name() == dtype {
+                    true => param.check_shape(&view),
+                    false => Err(Refusal::DType),
+                }
             })?)
         });
         fits.map_err(|failure| {
-            let error = failure.raise(culprit, &param.describe(), value);
+            let wanted = describe_array(dtype, &param.shape);
+            let error = failure.raise(culprit, &wanted, value);
             // State is data, not an argument: also the wrong type is a ValueError.
             match error.is_instance_of::<PyTypeError>(py) {
                 true => PyValueError::new_err(error.value(py).to_string()),
@@ -297,6 +333,23 @@ impl Optimizer {
     /// The number of parameters over all groups.
     fn _count_parameters(&self, py: Python<'_>) -> PyResult<usize> {
         Ok(self.contents.wait(py)?.params.len())
+    }
+}
+
+/// An array of state: elements, or the scales of codes.
+#[derive(Clone, Copy)]
+struct StateArray {
+    key: StateKey,
+    is_scale: bool,
+}
+
+impl StateArray {
+    fn named(name: &str) -> Option<Self> {
+        let (name, is_scale) = match name.strip_suffix(SCALE) {
+            Some(name) => (name, true),
+            None => (name, false),
+        };
+        StateKey::named(name).map(|key| StateArray { key, is_scale })
     }
 }
 
@@ -509,6 +562,7 @@ impl ArraySession {
         let options = GroupOptions::read(Front::Arrays, dict, &place)?;
         let is_contiguous = is_contiguous(dict)?;
         let group = &self.groups[index];
+        group.storage.check_group(&options.config, &place)?;
         if is_contiguous != group.is_contiguous {
             let python = |flag| if flag { "True" } else { "False" };
             let (wanted, found) = (python(group.is_contiguous), python(is_contiguous));
@@ -518,7 +572,7 @@ impl ArraySession {
         }
         let replaced = self.read_params(py, index, &params_of(dict, &place)?)?;
         let config = &options.config;
-        let new = group.missing(py, config, |key, _| key.is_used(config))?;
+        let new = group.missing(py, config, |_, _| false)?;
         Ok((options, replaced, new))
     }
 
@@ -549,7 +603,8 @@ impl ArraySession {
         for (index, object) in range.zip(&objects) {
             let old = &self.params[index];
             if !object.is(&old.object) {
-                let mut new = Param::new(object, old.name.clone(), index)?;
+                let storage = &self.groups[group].storage;
+                let mut new = Param::new(object, old.name.clone(), index, storage)?;
                 new.succeed(old, py, index)?;
                 replaced.push((index, new));
             }
@@ -587,10 +642,10 @@ impl ArraySession {
         }
     }
 
-    /// Puts a buffer of state where it belongs, or takes it away.
-    fn set_state(&mut self, group: usize, place: usize, key: StateKey, buffer: Option<Buffer>) {
+    /// Puts state where it belongs, or takes it away.
+    fn set_state(&mut self, group: usize, place: usize, key: StateKey, state: Option<Stored>) {
         let group = &mut self.groups[group];
-        group.buckets[place].state[key as usize] = buffer;
+        group.buckets[place].state[key as usize] = state;
         group.place(&mut self.params[group.range.clone()]);
         self.destinations.forget();
     }
@@ -723,7 +778,7 @@ impl ArraySession {
         let first = &self.params[index];
         let place = first.offset + element;
         let is_owner = |(_, param): &(usize, &Param)| {
-            param.dtype == first.dtype && place < param.offset + param.numel
+            param.kind() == first.kind() && place < param.offset + param.numel
         };
         let mut params = (index..).zip(&self.params[index..]);
         let (index, param) = params.find(is_owner).unwrap_or((index, first));
@@ -770,14 +825,21 @@ impl ArraySession {
         &self,
         py: Python<'py>,
         index: usize,
-        key: StateKey,
+        array: StateArray,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let StateArray { key, is_scale } = array;
         let group = &self.groups[self.group_of(index)?];
         let param = &self.params[index];
-        match group.state(param.dtype, key) {
-            Some(buffer) => Ok(buffer.view(py, param)?.into_any()),
-            None => Err(PyKeyError::new_err(key.name())),
-        }
+        let missing = || PyKeyError::new_err(key.name());
+        let stored = group.state(param.kind(), key).ok_or_else(missing)?;
+        let view = match is_scale {
+            false => stored.elements.view_of(py, param, param.offset)?,
+            true => {
+                let scales = stored.scales.as_ref().ok_or_else(missing)?;
+                scales.view_of_scales(py, param)?
+            }
+        };
+        Ok(view.into_any())
     }
 
     fn restore(
@@ -795,25 +857,25 @@ impl ArraySession {
             self.group_of(*index)?;
             for (name, value) in entry.iter() {
                 let name: String = name.extract()?;
-                let key = StateKey::named(&name);
-                if key == Some(StateKey::Ema) {
+                let array = StateArray::named(&name);
+                if array.is_some_and(|array| array.key == StateKey::Ema) {
                     has_ema.push((*index, !value.is_none()));
                     if value.is_none() {
                         continue;
                     }
                 }
-                match key {
-                    Some(key) => values.push((*index, key, value)),
+                match array {
+                    Some(array) => values.push((*index, array, value)),
                     None => steps.push((*index, value.extract::<u64>()?)),
                 }
             }
         }
         let mut new = Vec::new();
         for group in &self.groups {
-            let is_wanted = |wanted: StateKey, dtype: DType| {
-                values.iter().any(|&(index, key, _)| {
-                    let is_its = group.range.contains(&index) && self.params[index].dtype == dtype;
-                    is_its && key == wanted
+            let is_wanted = |wanted: StateKey, kind: Kind| {
+                values.iter().any(|&(index, array, _)| {
+                    let is_its = group.range.contains(&index) && self.params[index].kind() == kind;
+                    is_its && array.key == wanted
                 })
             };
             new.push(group.missing(py, &group.options.config, is_wanted)?);
@@ -824,8 +886,8 @@ impl ArraySession {
             }
         }
         let mut pairs = written;
-        for (index, key, value) in values {
-            pairs.push((self.state_array(py, index, key)?, value));
+        for (index, array, value) in values {
+            pairs.push((self.state_array(py, index, array)?, value));
         }
         // No signal is heard from here to the end.
         for (dict, new) in dicts.iter().zip(options.unwrap_or_default()) {
@@ -844,9 +906,14 @@ impl ArraySession {
     }
 
     /// Adds groups, all or none.
-    fn add_groups(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
+    fn add_groups(
+        &mut self,
+        py: Python<'_>,
+        groups: &[NewGroup<'_>],
+        storage: &Storage,
+    ) -> PyResult<()> {
         let (first_group, first) = (self.groups.len(), self.params.len());
-        let added = self.add_groups_or_fail(py, groups);
+        let added = self.add_groups_or_fail(py, groups, storage);
         // What was added may have moved, or be gone again.
         self.destinations.forget();
         if added.is_err() {
@@ -862,19 +929,25 @@ impl ArraySession {
         added
     }
 
-    fn add_groups_or_fail(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
+    fn add_groups_or_fail(
+        &mut self,
+        py: Python<'_>,
+        groups: &[NewGroup<'_>],
+        storage: &Storage,
+    ) -> PyResult<()> {
         let (first, old) = (self.groups.len(), self.params.len());
         let count = groups.iter().map(|(_, names)| names.len()).sum::<usize>();
         check_room((old + count).saturating_mul(BYTES_A_PARAMETER))?;
         for (dict, names) in groups {
             let place = format!(" of group {}", self.groups.len());
             let options = GroupOptions::read(Front::Arrays, dict, &place)?;
+            storage.check_group(&options.config, &place)?;
             let is_contiguous = is_contiguous(dict)?;
             let objects = params_of(dict, &place)?.cast_into::<PyTuple>()?;
             let start = self.params.len();
-            self.add_params(&objects, names, is_contiguous)?;
+            self.add_params(&objects, names, is_contiguous, storage)?;
             let params = &mut self.params[start..];
-            let group = Group::new(py, options, is_contiguous, start, params)?;
+            let group = Group::new(py, options, *storage, is_contiguous, start, params)?;
             self.groups.push(group);
         }
         let numel = self.params.iter().map(|param| param.numel).sum();
@@ -907,6 +980,7 @@ impl ArraySession {
         objects: &Bound<'_, PyTuple>,
         names: &Bound<'_, PyList>,
         is_contiguous: bool,
+        storage: &Storage,
     ) -> PyResult<()> {
         let mut places: HashMap<usize, usize> = HashMap::new();
         let mut taken: HashMap<String, usize> = HashMap::new();
@@ -916,7 +990,7 @@ impl ArraySession {
         }
         for (object, name) in objects.iter().zip(names.iter()) {
             let index = self.params.len();
-            let param = Param::new(&object, name.extract()?, index)?;
+            let param = Param::new(&object, name.extract()?, index, storage)?;
             let first = self.params.first();
             let wrong = if let Some(twin) = places.insert(object.as_ptr() as usize, index) {
                 let twin = self.params[twin].culprit("parameter", twin);
@@ -1042,10 +1116,10 @@ impl<'x> ArrayCheck<'x> {
                 continue;
             };
             let (steps, has_ema) = (self.steps[index], self.has_ema[index]);
-            let rule = rules.get(work, param.dtype, config, steps, has_ema);
+            let rule = rules.get(work, param.dtype.compute(), config, steps, has_ema);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
-                None => self.push(work, index, gradient, rule, Role::used(config))?,
+                None => self.push(work, index, gradient, rule, group)?,
             }
         }
         Ok(())
@@ -1059,20 +1133,16 @@ impl<'x> ArrayCheck<'x> {
         for bucket in &group.buckets {
             // Python code may have run since that was decided.
             let [p, g] = bucket.flat_addresses().ok_or(Refused::Collect)?;
-            let [v, m, b, e] = self.params[bucket.first].state;
+            let [v, m, b, e, _] = self.params[bucket.first].state;
             let (steps, has_ema) = (self.steps[bucket.first], self.has_ema[bucket.first]);
-            let piece = Piece {
-                arrays: [p, g, v, m, b, e].map(|address| address as *mut u8),
-                numel: bucket.numel,
-                index: bucket.first as u32,
-                rule: rules.get(work, bucket.dtype, &group.options.config, steps, has_ema),
-                form: Piece::DENSE,
-            };
+            let (dtype, config) = (bucket.kind.dtype, &group.options.config);
+            let rule = rules.get(work, dtype, config, steps, has_ema);
+            let arrays = [p, g, v, m, b, e].map(|address| Address(address as *mut u8));
             // SAFETY: p, g and the state are flat buffers of the optimizer's own, which were found
             // where they were; they have `numel` elements of this type, and no two of them are the
             // same. The state that the options use is there since they were read; in a group with
             // flat buffers it begins where that of the first parameter does.
-            unsafe { work.push(piece) };
+            unsafe { work.push(bucket.first, arrays, bucket.numel, rule) };
         }
         Ok(())
     }
@@ -1095,20 +1165,14 @@ impl<'x> ArrayCheck<'x> {
             self.params[index].cleared = g;
         }
         let param = &self.params[index];
-        let [v, m, b, e] = param.state;
-        let piece = Piece {
-            arrays: [p, g, v, m, b, e].map(|address| address as *mut u8),
-            numel: param.numel,
-            index: index as u32,
-            rule,
-            form: Piece::DENSE,
-        };
+        let [v, m, b, e, _] = param.state;
+        let arrays = [p, g, v, m, b, e].map(|address| Address(address as *mut u8));
         // SAFETY: the parameter's header says what it said when it was checked: writable, aligned,
         // dense, of this type and shape; so does the gradient's, but for being writable. The state
         // was made for these parameters and options, lies alike, and was found where it was. No two
         // written arrays share an element, and the gradient shares none with them. What keeps their
         // memory is held, or lent by who keeps it while no Python code runs.
-        unsafe { work.push(piece) };
+        unsafe { work.push(index, arrays, param.numel, rule) };
         Ok(())
     }
 
@@ -1121,13 +1185,13 @@ impl<'x> ArrayCheck<'x> {
         index: usize,
         gradient: LentSource<'_>,
         rule: u32,
-        uses: [bool; ROLES],
+        group: &Group,
     ) -> Result<(), Refused> {
         let quiet = self.quiet;
         let in_gradient = |refusal| Refused::Array(Role::Gradient, index, refusal);
         let param = &self.params[index];
         let g = gradient.view(quiet).map_err(in_gradient)?;
-        if g.element.is_complex {
+        if g.element.is_complex || !g.element.dtype.is_float() {
             return Err(in_gradient(Refusal::DType));
         }
         if g.shape != &param.shape[..] {
@@ -1138,13 +1202,32 @@ impl<'x> ArrayCheck<'x> {
         let read = |role: Role| match (role, role.state_key()) {
             (Role::Parameter, _) => param.source.lend(quiet).view(quiet),
             (_, None) => gradient.view(quiet),
-            (_, Some(key)) => param.state_view(quiet, param.state[key as usize]),
+            (_, Some(key)) => {
+                let dtype = param.stored[key as usize].ok_or(Refusal::NotAnArray)?;
+                param.state_view(quiet, param.state[key as usize], dtype)
+            }
         };
-        let row = row::check(uses, read)
+        let scales_len = [param.numel.div_ceil(BLOCK) as i64];
+        let read_scales = |role: Role| {
+            let key = role.state_key().ok_or(Refusal::NotAnArray)?;
+            let (element, at) = (Element::real(DType::F32), param.scales[key as usize]);
+            View::new(
+                at,
+                element,
+                &scales_len,
+                &[1],
+                element.size(),
+                Access::Writable,
+            )
+        };
+        let mut uses: [bool; ROLES] = Role::used(&group.options.config);
+        uses[Role::ErrorBits as usize] = param.stored[StateKey::ErrorBits as usize].is_some();
+        let noise = group.storage.noise(self.steps[index].saturating_add(1));
+        let row = row::check(uses, group.storage.rounding, read, read_scales)
             .map_err(|(role, refusal)| Refused::Array(role, index, refusal))?;
         // SAFETY: what keeps their memory is held, or lent by who keeps it while no Python code runs;
         // no two written arrays of the optimizer share an element.
-        unsafe { row.push(work, index, rule) };
+        unsafe { row.push(work, index, rule, noise) };
         self.params[index].cleared = 0;
         Ok(())
     }

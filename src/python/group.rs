@@ -13,36 +13,40 @@ use smallvec::SmallVec;
 
 use super::options::GroupOptions;
 use super::overlap::Extent;
-use super::param::{Param, array_grad};
+use super::param::{Kind, Param, array_grad};
 use super::parameter::{Parameter, Slot};
 use super::source::Source;
+use super::storage::{Storage, code_of_one};
 use super::view::{Element, Header, LentArray, Quiet, is_equal};
 use crate::config::Config;
 use crate::kernel::DType;
+use crate::kernel::storage::{self, BLOCK};
 use crate::state::{PAGE, StateKey, offset_apart};
 
 /// A parameter group.
 pub(crate) struct Group {
     pub options: GroupOptions,
     pub range: Range<usize>,
-    /// One for each type that its parameters have.
+    pub storage: Storage,
+    /// One for each kind that its parameters have.
     pub buckets: SmallVec<[Bucket; 1]>,
     pub is_contiguous: bool,
     /// This step takes parameters and gradients as flat buffers.
     pub is_flat: bool,
 }
 
-/// The parameters of one type in a group.
+/// The parameters of one kind in a group.
 pub(crate) struct Bucket {
-    pub dtype: DType,
+    pub kind: Kind,
     /// The index of the first of them.
     pub first: usize,
     /// Elements of the parameters, and of a buffer of state, where some begin apart from their
     /// parameters.
     pub numel: usize,
     state_numel: usize,
+    scales_numel: usize,
     /// By key; None until it is needed.
-    pub state: [Option<Buffer>; StateKey::COUNT],
+    pub state: [Option<Stored>; StateKey::COUNT],
     pub flat: Option<Flat>,
 }
 
@@ -55,8 +59,20 @@ pub(crate) struct Flat {
     departed: Arc<AtomicUsize>,
 }
 
+/// State of one key: the elements, and where these are codes their scales.
+pub(crate) struct Stored {
+    pub elements: Buffer,
+    pub scales: Option<Buffer>,
+}
+
+impl Stored {
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        [&self.elements].into_iter().chain(&self.scales)
+    }
+}
+
 /// State that is to be added: the place of its bucket in the group, its key.
-pub(crate) type NewState = Vec<(usize, StateKey, Buffer)>;
+pub(crate) type NewState = Vec<(usize, StateKey, Stored)>;
 
 impl Bucket {
     /// The optimizer's own arrays that its parameters and their state lie in.
@@ -64,43 +80,68 @@ impl Bucket {
         let flat = self.flat.as_ref();
         let data = flat.map(|flat| &flat.data);
         let grad = flat.and_then(|flat| flat.grad.as_ref());
-        self.state.iter().flatten().chain(data).chain(grad)
+        let state = self.state.iter().flatten().flat_map(Stored::buffers);
+        state.chain(data).chain(grad)
     }
 
-    /// The parameters of a type among those of a group, which are told where their state begins;
-    /// None if there are none. `start` is the index of the group's first parameter.
-    fn new(dtype: DType, start: usize, params: &mut [Param], is_contiguous: bool) -> Option<Self> {
-        let first = start + params.iter().position(|param| param.dtype == dtype)?;
-        let size = dtype.size();
-        let (mut numel, mut state_numel) = (0, 0);
-        for param in params.iter_mut().filter(|param| param.dtype == dtype) {
-            let is_large = param.numel * size >= PAGE && !is_contiguous;
+    /// The parameters of a kind among those of a group, which are told where their state begins.
+    /// `start` is the index of the group's first parameter, `first` of the first of that kind.
+    fn new(
+        kind: Kind,
+        start: usize,
+        first: usize,
+        params: &mut [Param],
+        is_contiguous: bool,
+    ) -> Self {
+        let size = kind.dtype.size();
+        let (mut numel, mut state_numel, mut scales_numel) = (0, 0, 0);
+        for param in params.iter_mut().filter(|param| param.kind() == kind) {
+            let is_large = param.numel * size >= PAGE && !is_contiguous && !kind.is_narrow();
             if is_large {
                 // Wherever the buffers are: they begin at known places modulo a page.
                 let state = place_of(0) + state_numel * size;
                 let data = param.extent().data;
-                let keys = StateKey::ALL.map(|key| data.wrapping_sub(place_of(key as usize)));
+                let keys = StateKey::EVERY.map(|key| data.wrapping_sub(place_of(key as usize)));
                 state_numel += offset_apart(state, data, keys.into_iter()) / size;
             }
-            param.offset = state_numel;
+            (param.offset, param.scale_offset) = (state_numel, scales_numel);
             numel += param.numel;
             state_numel += param.numel;
+            scales_numel += param.numel.div_ceil(BLOCK);
         }
-        Some(Bucket {
-            dtype,
-            first,
+        Bucket {
+            kind,
+            first: start + first,
             numel,
             state_numel,
+            scales_numel,
             state: Default::default(),
             flat: None,
-        })
+        }
     }
 
-    /// A buffer of state at its start values. Arrays of one parameter begin apart modulo a page: each
-    /// key has a place of its own.
-    fn new_state(&self, py: Python<'_>, key: StateKey, config: &Config) -> PyResult<Buffer> {
+    /// State at its start values. Arrays of one parameter begin apart modulo a page: each key has a
+    /// place of its own.
+    fn new_state(
+        &self,
+        py: Python<'_>,
+        key: StateKey,
+        dtype: DType,
+        config: &Config,
+    ) -> PyResult<Stored> {
         let (start, place) = (key.start(config), place_of(key as usize));
-        Buffer::new(py, self.dtype, self.state_numel, start, place)
+        let new = |dtype, numel, value| Buffer::new(py, dtype, numel, value, place);
+        if dtype != DType::U8 {
+            return Ok(Stored {
+                elements: new(dtype, self.state_numel, start)?,
+                scales: None,
+            });
+        }
+        let code = if start == 0.0 { 0 } else { code_of_one(key) };
+        Ok(Stored {
+            elements: new(dtype, self.state_numel, code.into())?,
+            scales: Some(new(DType::F32, self.scales_numel, start)?),
+        })
     }
 
     /// Where the parameters and their gradients are, if all are where `contiguous_params` put them.
@@ -113,7 +154,7 @@ impl Bucket {
 }
 
 /// Where buffers begin modulo a page, so that the same offset into each is apart by 512 bytes:
-/// square_avg, grad_avg, momentum_buffer, ema, flat parameters, flat gradients.
+/// square_avg, grad_avg, momentum_buffer, ema, error_bits, flat parameters, flat gradients.
 fn place_of(k: usize) -> usize {
     k * 512
 }
@@ -123,47 +164,59 @@ impl Group {
     pub fn new(
         py: Python<'_>,
         options: GroupOptions,
+        storage: Storage,
         is_contiguous: bool,
         start: usize,
         params: &mut [Param],
     ) -> PyResult<Self> {
-        let bucket = |dtype| Bucket::new(dtype, start, params, is_contiguous);
-        let buckets = [DType::F32, DType::F64].into_iter().filter_map(bucket);
+        let mut buckets: SmallVec<[Bucket; 1]> = SmallVec::new();
+        for first in 0..params.len() {
+            let kind = params[first].kind();
+            if buckets.iter().all(|bucket| bucket.kind != kind) {
+                buckets.push(Bucket::new(kind, start, first, params, is_contiguous));
+            }
+        }
+        // The order in which flat buffers are pushed is that of the norm.
+        buckets.sort_by_key(|bucket| bucket.kind.dtype.compute() as u8);
         let mut group = Group {
-            buckets: buckets.collect(),
+            buckets,
             options,
+            storage,
             range: start..start + params.len(),
             is_contiguous,
             is_flat: false,
         };
         let config = &group.options.config;
-        let new = group.missing(py, config, |key, _| key.is_used(config))?;
-        for (place, key, buffer) in new {
-            group.buckets[place].state[key as usize] = Some(buffer);
+        for (place, key, state) in group.missing(py, config, |_, _| false)? {
+            group.buckets[place].state[key as usize] = Some(state);
         }
         group.place(params);
         Ok(group)
     }
 
-    /// A buffer of its state, if it is there.
-    pub fn state(&self, dtype: DType, key: StateKey) -> Option<&Buffer> {
+    /// State of parameters of a kind, if it is there.
+    pub fn state(&self, kind: Kind, key: StateKey) -> Option<&Stored> {
         let mut buckets = self.buckets.iter();
-        let bucket = buckets.find(|bucket| bucket.dtype == dtype)?;
+        let bucket = buckets.find(|bucket| bucket.kind == kind)?;
         bucket.state[key as usize].as_ref()
     }
 
-    /// The state that is wanted and not there yet.
+    /// The state that these options use, or that is wanted, and that is not there yet.
     pub fn missing(
         &self,
         py: Python<'_>,
         config: &Config,
-        is_wanted: impl Fn(StateKey, DType) -> bool,
+        is_wanted: impl Fn(StateKey, Kind) -> bool,
     ) -> PyResult<NewState> {
         let mut new = NewState::new();
         for (place, bucket) in self.buckets.iter().enumerate() {
-            for key in StateKey::ALL {
-                if bucket.state[key as usize].is_none() && is_wanted(key, bucket.dtype) {
-                    new.push((place, key, bucket.new_state(py, key, config)?));
+            for key in StateKey::EVERY {
+                let is_used = key == StateKey::ErrorBits || key.is_used(config);
+                if let Some(dtype) = bucket.kind.stored[key as usize]
+                    && bucket.state[key as usize].is_none()
+                    && (is_used || is_wanted(key, bucket.kind))
+                {
+                    new.push((place, key, bucket.new_state(py, key, dtype, config)?));
                 }
             }
         }
@@ -173,9 +226,16 @@ impl Group {
     /// Tells its parameters where their state is.
     pub fn place(&self, params: &mut [Param]) {
         for param in params {
-            let start = param.offset * param.dtype.size();
-            let address = |buffer: &Buffer| buffer.address() + start;
-            param.state = StateKey::ALL.map(|key| self.state(param.dtype, key).map_or(0, address));
+            let kind = param.kind();
+            for key in StateKey::EVERY {
+                let stored = self.state(kind, key);
+                let scales = stored.and_then(|stored| stored.scales.as_ref());
+                let at = |buffer: &Buffer, offset| buffer.address + offset * buffer.dtype.size();
+                param.state[key as usize] =
+                    stored.map_or(0, |stored| at(&stored.elements, param.offset));
+                param.scales[key as usize] =
+                    scales.map_or(0, |scales| at(scales, param.scale_offset));
+            }
         }
     }
 
@@ -191,7 +251,7 @@ impl Group {
         let (steps, has_ema) = (&steps[self.range.clone()], &has_ema[self.range.clone()]);
         let config = &self.options.config;
         let mut buckets = self.buckets.iter();
-        buckets.all(|bucket| bucket.flat_addresses().is_some())
+        buckets.all(|bucket| bucket.flat_addresses().is_some() && !bucket.kind.is_narrow())
             && (!config.bias_correction || steps.iter().all(|&step| step == steps[0]))
             && (config.ema_decay.is_none() || has_ema.iter().all(|&one| one == has_ema[0]))
     }
@@ -206,11 +266,14 @@ impl Group {
     /// The names and places of its state buffers, for the search for overlaps.
     pub fn state_extents(&self, index: usize) -> impl Iterator<Item = (String, Extent)> {
         self.buckets.iter().flat_map(move |bucket| {
-            let dtype = Element::real(bucket.dtype).name();
-            let keyed = bucket.state.iter().zip(StateKey::ALL);
-            keyed.filter_map(move |(buffer, key)| {
+            let dtype = Element::real(bucket.kind.dtype).name();
+            let keyed = bucket.state.iter().zip(StateKey::EVERY);
+            let keyed = keyed.filter_map(|(stored, key)| Some((stored.as_ref()?, key)));
+            keyed.flat_map(move |(stored, key)| {
                 let name = format!("state {} of group {index}, {dtype}", key.name());
-                Some((name, buffer.as_ref()?.extent(bucket.dtype)))
+                stored
+                    .buffers()
+                    .map(move |buffer| (name.clone(), buffer.extent()))
             })
         })
     }
@@ -227,7 +290,7 @@ pub(crate) fn flatten(
     let mut flats = Vec::new();
     for group in groups.iter().filter(|group| group.is_contiguous) {
         for bucket in &group.buckets {
-            flats.push(Flat::new(py, bucket.dtype, &params[group.range.clone()])?);
+            flats.push(Flat::new(py, bucket.kind, &params[group.range.clone()])?);
         }
     }
     let contiguous = groups.iter_mut().filter(|group| group.is_contiguous);
@@ -248,10 +311,11 @@ pub(crate) fn flatten(
 }
 
 impl Flat {
-    /// Buffers for the parameters of a type, filled, and the place of each parameter in them; None
+    /// Buffers for the parameters of a kind, filled, and the place of each parameter in them; None
     /// if there is no element.
-    fn new(py: Python<'_>, dtype: DType, params: &[Param]) -> PyResult<Option<(Flat, Homes)>> {
-        let members = || params.iter().filter(|param| param.dtype == dtype);
+    fn new(py: Python<'_>, kind: Kind, params: &[Param]) -> PyResult<Option<(Flat, Homes)>> {
+        let members = || params.iter().filter(|param| param.kind() == kind);
+        let dtype = kind.dtype;
         let numel = members().map(|param| param.numel).sum();
         if numel == 0 {
             return Ok(None);
@@ -275,7 +339,7 @@ impl Flat {
                 continue;
             };
             let settle = |buffer: &Buffer, array: &Bound<'_, PyUntypedArray>| {
-                let home = buffer.view(py, param)?;
+                let home = buffer.view_of(py, param, param.offset)?;
                 home.set_item(py.Ellipsis(), array)?;
                 PyResult::Ok(home.unbind())
             };
@@ -308,6 +372,7 @@ type Homes = Vec<(Py<Parameter>, Slot)>;
 
 /// A one-dimensional array of the optimizer's own.
 pub(crate) struct Buffer {
+    dtype: DType,
     owner: Py<PyUntypedArray>,
     /// Where its memory is, as it was made.
     base: usize,
@@ -332,7 +397,15 @@ impl Buffer {
             numel => numel + PAGE / size,
         };
         let numpy = py.import(intern!(py, "numpy"))?;
-        let name = Element::real(dtype).name();
+        // bfloat16 is no type of NumPy's own.
+        let name = match dtype {
+            DType::BF16 => "uint16",
+            dtype => Element::real(dtype).name(),
+        };
+        let value = match dtype {
+            DType::BF16 => storage::bf16_nearest(value as f32).into(),
+            _ => value,
+        };
         // `zeros` leaves the memory untouched until it is first written.
         let array = match value {
             0.0 => numpy.call_method1(intern!(py, "zeros"), (len, name))?,
@@ -347,6 +420,7 @@ impl Buffer {
         let used = PySlice::new(py, start as isize, (start + numel) as isize, 1);
         let array = owner.bind(py).get_item(used)?;
         Ok(Buffer {
+            dtype,
             owner,
             base,
             len: len as i64,
@@ -367,30 +441,67 @@ impl Buffer {
         header.data == self.base && is_equal(header.shape, &[self.len])
     }
 
-    /// A NumPy view of a parameter's part, of its shape and walked like its state.
-    pub fn view<'py>(
+    /// A NumPy view of a parameter's elements from there on, of its shape and walked like its state.
+    pub fn view_of<'py>(
+        &self,
+        py: Python<'py>,
+        param: &Param,
+        offset: usize,
+    ) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let size = self.dtype.size();
+        let strides = param.state_strides.iter();
+        let strides = PyTuple::new(py, strides.map(|stride| stride * size as i64))?;
+        self.view(py, offset, PyTuple::new(py, &param.shape)?, strides)
+    }
+
+    /// A NumPy view of scales.
+    pub fn view_of_scales<'py>(
         &self,
         py: Python<'py>,
         param: &Param,
     ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        let size = param.dtype.size();
-        let strides = param.state_strides.iter();
-        let strides = PyTuple::new(py, strides.map(|stride| stride * size as i64))?;
-        let (shape, dtype) = (PyTuple::new(py, &param.shape)?, Element::real(param.dtype));
-        let offset = param.offset * size;
+        let shape = PyTuple::new(py, [param.numel.div_ceil(BLOCK)])?;
+        let strides = PyTuple::new(py, [self.dtype.size()])?;
+        self.view(py, param.scale_offset, shape, strides)
+    }
+
+    fn view<'py>(
+        &self,
+        py: Python<'py>,
+        offset: usize,
+        shape: Bound<'py, PyTuple>,
+        strides: Bound<'py, PyTuple>,
+    ) -> PyResult<Bound<'py, PyUntypedArray>> {
         let numpy = py.import(intern!(py, "numpy"))?;
-        let arguments = (shape, dtype.name(), &self.array, offset, strides);
+        let dtype = match self.dtype {
+            DType::BF16 => bfloat16(py)?,
+            dtype => Element::real(dtype).name().into_pyobject(py)?.into_any(),
+        };
+        let arguments = (
+            shape,
+            dtype,
+            &self.array,
+            offset * self.dtype.size(),
+            strides,
+        );
         let view = numpy.call_method1(intern!(py, "ndarray"), arguments)?;
         Ok(view.cast_into::<PyUntypedArray>()?)
     }
 
-    fn extent(&self, dtype: DType) -> Extent {
+    fn extent(&self) -> Extent {
+        let size = self.dtype.size();
         Extent {
             data: self.base,
-            dims: [(self.len as usize, dtype.size() as isize)]
-                .into_iter()
-                .collect(),
-            size: dtype.size(),
+            dims: [(self.len as usize, size as isize)].into_iter().collect(),
+            size,
         }
+    }
+}
+
+/// NumPy's dtype for bfloat16: that of `ml_dtypes`, or the bits as integers where there is none.
+fn bfloat16(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    match py.import(intern!(py, "ml_dtypes")) {
+        Ok(ml_dtypes) => ml_dtypes.getattr(intern!(py, "bfloat16")),
+        Err(_) => Ok(intern!(py, "uint16").clone().into_any()),
     }
 }

@@ -12,6 +12,7 @@ mod parameter;
 mod row;
 mod source;
 mod step;
+mod storage;
 mod swap;
 mod tensor;
 mod torch;
@@ -101,6 +102,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(meant_by, module)?)?;
     module.add_function(wrap_pyfunction!(check_options, module)?)?;
     module.add_function(wrap_pyfunction!(check_torch_options, module)?)?;
+    module.add_function(wrap_pyfunction!(storage::encode_bfloat16, module)?)?;
+    module.add_function(wrap_pyfunction!(storage::encode_uint8, module)?)?;
+    module.add_function(wrap_pyfunction!(storage::decode_uint8, module)?)?;
+    module.add_function(wrap_pyfunction!(storage::join_error_bits, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(_thread_limit, module)?)?;
     module.add_function(wrap_pyfunction!(_set_thread_limit, module)?)?;

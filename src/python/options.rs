@@ -8,6 +8,7 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 use smallvec::SmallVec;
 
+use super::storage::Storage;
 use super::swap::{Pair, swap};
 use super::view::{Lent, Quiet, class_name};
 use crate::config::{Config, Field, INITIAL_LR, Nonfinite, OPTIONS, validate_max_grad_norm};
@@ -21,7 +22,15 @@ pub(crate) const CONTIGUOUS: &str = "contiguous_params";
 const TORCH_FLAGS: [&str; 2] = ["capturable", "differentiable"];
 
 /// Options that belong to the optimizer, not to a group.
-const OPTIMIZER_OPTIONS: [&str; 3] = ["max_grad_norm", "nonfinite", "threads"];
+const OPTIMIZER_OPTIONS: [&str; 7] = [
+    "max_grad_norm",
+    "nonfinite",
+    "threads",
+    "state_dtype",
+    "rounding",
+    "master_weight_bits",
+    "seed",
+];
 
 /// Whose options a dict has: ours, which are all there and in range, or torch's, of which torch
 /// checks its own, and ours may be missing.
@@ -432,6 +441,7 @@ pub(crate) struct Values {
     skipped_steps: u64,
     /// The parameters hold their averages.
     is_averaged: bool,
+    pub storage: Storage,
 }
 
 impl StepOptions {
@@ -443,6 +453,7 @@ impl StepOptions {
             last_grad_norm: None,
             skipped_steps: 0,
             is_averaged: false,
+            storage: Storage::default(),
         }))
     }
 
@@ -495,6 +506,19 @@ impl Values {
 
 #[pymethods]
 impl StepOptions {
+    /// Says how numbers are stored, before there are parameters.
+    fn _set_storage(
+        &self,
+        state_dtype: &Bound<'_, PyAny>,
+        rounding: &Bound<'_, PyAny>,
+        master_weight_bits: &Bound<'_, PyAny>,
+        seed: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let storage = Storage::new(state_dtype, rounding, master_weight_bits, seed)?;
+        self.lock().storage = storage;
+        Ok(())
+    }
+
     /// The greatest norm that all gradients together may have; None for no limit. Read at every
     /// step.
     #[getter(max_grad_norm)]
@@ -573,6 +597,12 @@ impl StepOptions {
     #[getter(skipped_steps)]
     fn get_skipped_steps(&self) -> u64 {
         self.lock().skipped_steps
+    }
+
+    /// The seed of the random bits of rounding.
+    #[getter]
+    fn seed(&self) -> u64 {
+        self.lock().storage.seed
     }
 
     /// Whether the parameters hold their averages.

@@ -10,6 +10,7 @@ use super::options::culprit;
 use super::overlap::{Extent, Written};
 use super::parameter::Parameter;
 use super::source::{LentSource, Source};
+use super::storage::Storage;
 use super::view::{
     Access, Element, Failure, Header, LentArray, Mark, Quiet, Refusal, View, WANTED, c_strides,
     describe_array, is_equal,
@@ -27,18 +28,44 @@ pub(crate) struct Param {
     pub dtype: DType,
     pub numel: usize,
     pub shape: SmallVec<[i64; 4]>,
+    /// The types of its state by key, if it can have such state.
+    pub stored: [Option<DType>; StateKey::COUNT],
+    /// It or its state is not of the compute type.
+    pub is_narrow: bool,
     /// Of all its state arrays, which are dense; in elements.
     pub state_strides: SmallVec<[i64; 4]>,
-    /// Where its state begins in the buffers of its group and type, in elements.
+    /// Where its state begins in the buffers of its group and kind: in elements, and in scales.
     pub offset: usize,
+    pub scale_offset: usize,
     /// The addresses of its state by key, in the order of their roles, which are the optimizer's own;
-    /// 0 for those that are not there.
+    /// 0 for those that are not there. Then those of the scales of codes.
     pub state: [usize; StateKey::COUNT],
+    pub scales: [usize; StateKey::COUNT],
     /// What was found when its memory was last looked at closely.
     seen: Seen,
     /// The address of the last gradient that was found to overlap nothing. It is compared, and never
     /// followed.
     pub cleared: usize,
+}
+
+/// How a parameter and its state are stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Kind {
+    pub dtype: DType,
+    pub stored: [Option<DType>; StateKey::COUNT],
+}
+
+impl Kind {
+    /// Whether it or its state is not of the compute type.
+    pub fn is_narrow(&self) -> bool {
+        let compute = self.dtype.compute();
+        self.dtype != compute
+            || self
+                .stored
+                .iter()
+                .flatten()
+                .any(|&stored| stored != compute)
+    }
 }
 
 /// The fingerprint of an array that was checked: as long as a look at the header says the same, the
@@ -62,7 +89,12 @@ impl Seen {
 
 impl Param {
     /// Reads a new parameter. `index` is for messages.
-    pub fn new(object: &Bound<'_, PyAny>, name: Option<String>, index: usize) -> PyResult<Self> {
+    pub fn new(
+        object: &Bound<'_, PyAny>,
+        name: Option<String>,
+        index: usize,
+        storage: &Storage,
+    ) -> PyResult<Self> {
         let py = object.py();
         let raise = |failure: Failure| {
             let culprit = culprit("parameter", index, name.as_deref());
@@ -72,9 +104,12 @@ impl Param {
         let read = |quiet: &Quiet<'_>| {
             let view = source.lend(quiet).view(quiet)?;
             let Element { dtype, is_complex } = view.element;
-            if is_complex || !view.element.is_compute_type() {
-                let found = describe_array(view.element.name(), view.shape);
-                return Err(Failure::Unwanted(found));
+            let found = || describe_array(view.element.name(), view.shape);
+            if is_complex || !dtype.is_float() {
+                return Err(Failure::Unwanted(found()));
+            }
+            if let Err(wanted) = storage.check_parameter(dtype) {
+                return Err(Failure::Value(wanted, found()));
             }
             let state_strides = match view.is_dense() {
                 true => view
@@ -86,6 +121,8 @@ impl Param {
             Ok((dtype, view.numel(), view.shape.into(), state_strides))
         };
         let (dtype, numel, shape, state_strides) = Quiet::during(py, read).map_err(raise)?;
+        let stored = StateKey::EVERY.map(|key| storage.dtype(key, dtype, numel));
+        let is_narrow = Kind { dtype, stored }.is_narrow();
         let mut param = Param {
             object: object.clone().unbind(),
             has_own_grad: has_own_grad(object)?,
@@ -94,9 +131,13 @@ impl Param {
             dtype,
             numel,
             shape,
+            stored,
+            is_narrow,
             state_strides,
             offset: 0,
+            scale_offset: 0,
             state: [0; StateKey::COUNT],
+            scales: [0; StateKey::COUNT],
             seen: Seen::default(),
             cleared: 0,
         };
@@ -162,10 +203,10 @@ impl Param {
             return Err(Refusal::OverlapsItself);
         }
         let has_moved = extent.data != self.seen.extent.data || !is_walked_as_seen;
-        let state = self.state_view(quiet, view.data)?;
+        let state = self.state_view(quiet, view.data, self.dtype)?;
         self.seen = Seen {
             mark: source.header().map(|header| header.mark()),
-            is_like_state: view.is_dense() && view.is_walked_like(&state),
+            is_like_state: !self.is_narrow && view.is_dense() && view.is_walked_like(&state),
             extent,
         };
         Ok(has_moved)
@@ -180,7 +221,8 @@ impl Param {
         });
         let refuse = |refusal| other.refuse("parameter", index, refusal, self.object.bind(py));
         checked.map_err(refuse)?;
-        (self.offset, self.state) = (other.offset, other.state);
+        (self.offset, self.scale_offset) = (other.offset, other.scale_offset);
+        (self.state, self.scales) = (other.state, other.scales);
         self.state_strides.clone_from(&other.state_strides);
         // Compared with its state at the next step.
         self.seen = Seen::default();
@@ -192,6 +234,11 @@ impl Param {
         if view.element != Element::real(self.dtype) {
             return Err(Refusal::DType);
         }
+        self.check_shape(view)
+    }
+
+    /// That an array has the parameter's shape.
+    pub fn check_shape(&self, view: &View<'_>) -> Result<(), Refusal> {
         match is_equal(view.shape, &self.shape) {
             true => Ok(()),
             false => Err(Refusal::Unlike),
@@ -199,8 +246,13 @@ impl Param {
     }
 
     /// A view of an array of its state.
-    pub fn state_view<'q>(&'q self, _: &'q Quiet<'_>, address: usize) -> Result<View<'q>, Refusal> {
-        let element = Element::real(self.dtype);
+    pub fn state_view<'q>(
+        &'q self,
+        _: &'q Quiet<'_>,
+        address: usize,
+        dtype: DType,
+    ) -> Result<View<'q>, Refusal> {
+        let element = Element::real(dtype);
         let (shape, strides) = (&self.shape, &self.state_strides);
         View::new(
             address,
@@ -210,6 +262,15 @@ impl Param {
             element.size(),
             Access::Writable,
         )
+    }
+
+    /// The arrays that its state of a type is in among those of its group: parameters that are alike in
+    /// this share them.
+    pub fn kind(&self) -> Kind {
+        Kind {
+            dtype: self.dtype,
+            stored: self.stored,
+        }
     }
 
     /// The addresses of the parameter, whose header says `mine`, and of a gradient that needs no

@@ -101,7 +101,7 @@ fn as_float_array(data: &Bound<'_, PyAny>) -> PyResult<Py<PyUntypedArray>> {
         let array = array.unbind();
         Quiet::during(data.py(), |quiet| {
             let view = View::of_array(quiet, LentArray::of(quiet, &array))?;
-            match view.element.is_compute_type() {
+            match view.element.dtype.is_float() {
                 true => Ok(()),
                 false => Err(Refusal::DType),
             }

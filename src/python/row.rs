@@ -1,11 +1,12 @@
 //! The arrays of one parameter, checked against each other: the last look before they are written.
 
-use super::view::{Refusal, View};
-use crate::kernel::batch::{Piece, Work};
-use crate::kernel::stage::{Dim, Form};
+use super::view::{Element, Refusal, View};
+use crate::kernel::batch::Work;
+use crate::kernel::stage::{Address, Dim, Form, Layout};
+use crate::kernel::storage::{BLOCK, Noise, Rounding};
 use crate::kernel::{DType, ROLES, Role};
 
-/// Parameter, gradient and state of one type and shape, which a step may write.
+/// Parameter, gradient and state of one shape, which a step may write.
 pub(crate) struct Row {
     /// The compute type.
     pub dtype: DType,
@@ -17,32 +18,36 @@ pub(crate) struct Row {
     form: Option<Form>,
 }
 
-/// Checks what `read` finds of each [`Role`] that is used.
+/// Checks what `read` finds of each [`Role`] that is used, and what `read_scales` finds where that are
+/// codes.
 ///
 /// # Errors
 /// The role of the array that does not fit, and why.
 #[inline(always)]
 pub(crate) fn check<'q>(
     uses: [bool; ROLES],
+    rounding: Rounding,
     read: impl Fn(Role) -> Result<View<'q>, Refusal>,
+    read_scales: impl Fn(Role) -> Result<View<'q>, Refusal>,
 ) -> Result<Row, (Role, Refusal)> {
     let p = read(Role::Parameter);
     let p = match &p {
         Ok(p) => p,
         Err(refusal) => return Err((Role::Parameter, *refusal)),
     };
-    if !p.element.is_compute_type() {
+    let is_compute_type = p.element.is_compute_type();
+    if !is_compute_type && (p.element.is_complex || !p.element.dtype.is_float()) {
         return Err((Role::Parameter, Refusal::DType));
     }
     if let Err(refusal) = p.check_writable() {
         return Err((Role::Parameter, refusal));
     }
-    let dtype = p.element.dtype;
+    let dtype = p.element.dtype.compute();
     let numel = p.numel();
     let bytes = numel * dtype.size();
     let mut addresses = [0; ROLES];
     addresses[Role::Parameter as usize] = p.data;
-    let mut is_alike = p.is_dense();
+    let mut is_alike = is_compute_type && p.is_dense();
     for role in &Role::ALL[1..] {
         if !uses[*role as usize] {
             continue;
@@ -66,7 +71,7 @@ pub(crate) fn check<'q>(
     }
     let form = match is_alike {
         true => None,
-        false => Some(form_of(p, uses, read)?),
+        false => Some(form_of(p, uses, rounding, read, read_scales)?),
     };
     Ok(Row {
         dtype,
@@ -86,8 +91,11 @@ fn check_like(
 ) -> Result<(), Refusal> {
     let is_like = match role {
         // Rounded as it is read.
-        Role::Gradient => view.element.is_complex == p.element.is_complex,
-        _ => view.element == p.element,
+        Role::Gradient => {
+            view.element.dtype.is_float() && view.element.is_complex == p.element.is_complex
+        }
+        _ if view.element == p.element && p.element.is_compute_type() => true,
+        _ => may_store(role, view.element, p.element),
     };
     if !is_like {
         return Err(Refusal::DType);
@@ -101,24 +109,51 @@ fn check_like(
     }
 }
 
-/// The form of arrays that do not all lie alike. They may not share an element where one is written.
+/// Whether state of a parameter may be stored in another type than its own.
+#[cold]
+fn may_store(role: Role, state: Element, parameter: Element) -> bool {
+    if parameter.is_complex || state.is_complex || parameter.dtype.compute() != DType::F32 {
+        return false;
+    }
+    match role {
+        Role::ErrorBits => parameter.dtype == DType::BF16 && state.dtype.is_error_bits(),
+        _ => matches!(state.dtype, DType::F32 | DType::BF16 | DType::U8),
+    }
+}
+
+/// The form of arrays that do not all lie alike, or are not all of the compute type. They may not share
+/// an element where one is written.
 #[cold]
 fn form_of<'q>(
     p: &View<'q>,
     uses: [bool; ROLES],
+    rounding: Rounding,
     read: impl Fn(Role) -> Result<View<'q>, Refusal>,
+    read_scales: impl Fn(Role) -> Result<View<'q>, Refusal>,
 ) -> Result<Form, (Role, Refusal)> {
     let used = Role::ALL.into_iter().filter(|role| uses[*role as usize]);
     let views: Vec<(Role, View<'_>)> = used
         .filter_map(|role| Some((role, read(role).ok()?)))
         .collect();
-    for (role, view) in views.iter().filter(|(role, _)| role.is_written()) {
+    let mut scales = Vec::new();
+    for (role, _) in views
+        .iter()
+        .filter(|(_, view)| view.element.dtype == DType::U8)
+    {
+        let found = read_scales(*role).map_err(|refusal| (*role, refusal))?;
+        check_scales(&found, p.numel()).map_err(|refusal| (*role, refusal))?;
+        scales.push((*role, found));
+    }
+    let all = || views.iter().chain(&scales);
+    for (k, (role, view)) in all().enumerate().filter(|(_, (role, _))| role.is_written()) {
         let extent = view.extent();
         if extent.overlaps_itself() {
             return Err((*role, Refusal::OverlapsItself));
         }
-        let mut others = views.iter().filter(|(other, _)| other != role);
-        if let Some((other, _)) = others.find(|(_, other)| extent.overlaps(&other.extent())) {
+        let mut others = all().enumerate().filter(|(other, _)| *other != k);
+        if let Some((_, (other, _))) =
+            others.find(|(_, (_, other))| extent.overlaps(&other.extent()))
+        {
             return Err((*other, Refusal::Overlaps));
         }
     }
@@ -130,14 +165,21 @@ fn form_of<'q>(
             strides: [0; ROLES],
         })
         .collect();
-    let mut dtypes = [p.element.dtype; ROLES];
+    let compute = p.element.dtype.compute();
+    let mut dtypes = [compute; ROLES];
     for (role, view) in &views {
         dtypes[*role as usize] = view.element.dtype;
         for (dim, stride) in dims.iter_mut().zip(view.strides()) {
             dim.strides[*role as usize] = stride;
         }
     }
-    if p.is_dense() {
+    let is_wide = |(role, view): &(Role, View<'_>)| match role {
+        Role::Parameter => rounding == Rounding::Nearest && !uses[Role::ErrorBits as usize],
+        Role::Gradient => true,
+        _ => view.element.dtype == compute,
+    };
+    // Random bits and blocks go in C order, so that the layout does not show.
+    if p.is_dense() && views.iter().all(is_wide) {
         // In the order of the parameter's memory, as on the dense path: the norm of the gradients
         // adds up in that order.
         dims.retain(|dim| dim.len != 1);
@@ -154,11 +196,33 @@ fn form_of<'q>(
         .iter()
         .find(is_gradient)
         .is_none_or(|(_, g)| g.is_aligned);
-    Ok(Form::new(p.element.dtype, dtypes, is_aligned, dims))
+    let layout = Layout {
+        dtypes,
+        is_gradient_aligned: is_aligned,
+        has_error_bits: uses[Role::ErrorBits as usize],
+    };
+    let mut form = Form::new(&layout, dims);
+    form.rounding = rounding;
+    for (role, view) in &scales {
+        form.scales[*role as usize] = Address(view.data as *mut u8);
+    }
+    Ok(form)
+}
+
+/// That an array holds the scales of codes.
+fn check_scales(scales: &View<'_>, numel: usize) -> Result<(), Refusal> {
+    if scales.element != Element::real(DType::F32) {
+        return Err(Refusal::DType);
+    }
+    if scales.shape != [numel.div_ceil(BLOCK) as i64] || !scales.is_dense() {
+        return Err(Refusal::Unlike);
+    }
+    scales.check_writable()
 }
 
 impl Row {
-    /// Makes it work for the kernel, by the rule of that index, which is of its type.
+    /// Makes it work for the kernel, by the rule of that index, which is of its type. `noise` is what
+    /// is rounded with at random.
     ///
     /// # Safety
     /// What keeps the memory of the views that were checked outlives the work, and nobody else
@@ -166,18 +230,22 @@ impl Row {
     /// work is done by the caller alone.
     #[inline]
     #[allow(unsafe_code)]
-    pub unsafe fn push(self, work: &mut Work<'_, '_>, index: usize, rule: u32) {
-        let form = self.form.map_or(Piece::DENSE, |form| work.push_form(form));
-        let piece = Piece {
-            arrays: self.addresses.map(|address| address as *mut u8),
-            numel: self.numel,
-            index: index as u32,
-            rule,
-            form,
-        };
+    pub unsafe fn push(self, work: &mut Work<'_, '_>, index: usize, rule: u32, noise: Noise) {
+        let arrays = self.addresses.map(|address| Address(address as *mut u8));
         // SAFETY: `check` found that the arrays are host memory of one shape, aligned, writable and of
         // the rule's type where that is asked for, in the form given, and that what is written
         // overlaps nothing else of this row and not itself. The rest is passed on to the caller.
-        unsafe { work.push(piece) };
+        unsafe {
+            match self.form {
+                None => {
+                    let [swept @ .., _] = arrays;
+                    work.push(index, swept, self.numel, rule);
+                }
+                Some(mut form) => {
+                    (form.arrays, form.noise) = (arrays, noise);
+                    work.push_form(index, form, self.numel, rule);
+                }
+            }
+        }
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct TensorReader {
     data_ptr: Tell<*const c_void>,
     /// What the functions call host memory, and element types.
     cpu: i32,
-    elements: [(i32, Element); 6],
+    elements: [(i32, Element); 9],
     /// Bytes from a Python object to its `at::Tensor`, which is the address of a `c10::TensorImpl`.
     tensor: usize,
     /// Bytes from there to the word with pending signs, and its bits for them.
@@ -66,6 +66,9 @@ impl TensorReader {
             element("complex128", Element::complex(DType::F64))?,
             element("float16", Element::real(DType::F16))?,
             element("bfloat16", Element::real(DType::BF16))?,
+            element("uint8", Element::real(DType::U8))?,
+            element("int8", Element::real(DType::I8))?,
+            element("int16", Element::real(DType::I16))?,
         ];
         // SAFETY: the headers named above declare them so.
         unsafe {

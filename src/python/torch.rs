@@ -20,16 +20,17 @@ use super::error::{check_room, nonfinite};
 use super::options::{
     Change, Front, GroupOptions, StepOptions, Values, culprit_in, is_left_to_torch,
 };
-use super::row;
+use super::row::{self, Row};
 use super::source::has_changed;
 use super::step::{self, Crew};
+use super::storage::{SCALE, Storage};
 use super::torch_library::Torch;
 use super::turn::Turns;
-use super::view::{Entries, Items, Lent, Quiet, Refusal, View};
+use super::view::{Element, Entries, Lent, Quiet, Refusal, View};
 use crate::config::Config;
 use crate::kernel::batch::{Batch, Work};
 use crate::kernel::isa::isa;
-use crate::kernel::{DType, ROLES, Role};
+use crate::kernel::{DType, Role};
 use crate::optimizer::{ELSEWHERE, Gathered, Outcome, RuleCache, Verdict, code_of};
 use crate::state::StateKey;
 use crate::threads::{Threads, threads_from_environment};
@@ -67,6 +68,8 @@ struct Pair {
     p: Py<PyAny>,
     g: Py<PyAny>,
     state: StateAt,
+    /// It has an average already, if it has any.
+    has_ema: bool,
 }
 
 /// Where the state of a parameter is found.
@@ -75,8 +78,6 @@ enum StateAt {
     Next,
     /// In this dict.
     Entry(Py<PyAny>),
-    /// In a tuple (p, g, v, m, b, e, step), where None stands for nothing.
-    Tuple(Py<PyTuple>),
 }
 
 /// What a step notes of its tensors besides the work.
@@ -87,8 +88,6 @@ struct Noted {
     /// told.
     written: Vec<Py<PyAny>>,
     held: Vec<Py<PyAny>>,
-    /// Parameters, by index, of a type that only torch steps, with all that it needs.
-    left: Vec<usize>,
 }
 
 /// What is to be stepped.
@@ -97,8 +96,7 @@ struct Wanted<'x, 'py> {
     state: &'x Bound<'py, PyDict>,
     /// Only one parameter: the place of its group, and its place there.
     only: Option<(usize, usize)>,
-    /// Tuples (p, g, v, m, b, e, step) to be used for parameters by index, or None for those that are
-    /// none of ours.
+    /// Tuples (p, g, state, begins) to be used for parameters by index, or None for those that are none of ours.
     rows: Option<&'x Bound<'py, PyDict>>,
     /// Only those.
     is_rows_alone: bool,
@@ -152,16 +150,14 @@ impl Stepper {
 
     /// Steps every parameter of the groups that has a gradient, or `only` that at (group, place).
     ///
-    /// In place of what `state` has, `rows` gives tuples (p, g, square_avg, grad_avg,
-    /// momentum_buffer, ema, step) by the parameter's index, with None for state that is not used; and
-    /// None for a parameter that is left alone. `gathered` is what all processes together found in
-    /// the gradients: the sum of their squares, and whether one is not finite.
+    /// In place of what `state` has, `rows` gives tuples (p, g, state, begins) by the parameter's index,
+    /// where the average may begin with this step, and None for a parameter that is left alone.
+    /// `gathered` is what all processes together found in the gradients: the sum of their squares, and
+    /// whether one is not finite.
     ///
-    /// Returns whether there was a step (False if it was left out for `nonfinite`); a tuple of the
-    /// indices of parameters that are left to be stepped by torch's own `rmsprop`, for they are of a
-    /// type that only that takes; or, with nothing written, a list of the indices of parameters that
-    /// are not ordinary and not in `rows`: no plain tensors of float32, float64 or complex ones in
-    /// host memory, without state, with a pending sign.
+    /// Returns whether there was a step (False if it was left out for `nonfinite`); or, with nothing
+    /// written, a list of the indices of parameters that are not ordinary and not in `rows`: no plain
+    /// tensors of floats or of complex numbers in host memory, without state, with a pending sign.
     #[pyo3(signature = (groups, state, only = None, rows = None, gathered = None))]
     fn step<'py>(
         slf: &Bound<'py, Self>,
@@ -190,26 +186,24 @@ impl Stepper {
         let outcome = contents.step(torch, &wanted, &values, gathered);
         contents.release(py);
         drop(contents);
-        let (verdict, left) = match outcome {
-            Ok(found) => found,
+        let verdict = match outcome {
+            Ok(verdict) => verdict,
             Err(Unfit::Odd(indices)) => return Ok(PyList::new(py, indices)?.into_any()),
             Err(Unfit::Python(error)) => return Err(error),
         };
         let is_skipped = matches!(verdict.outcome, Outcome::Skip);
         options.report(&values, verdict.norm, is_skipped);
-        match left.is_empty() {
-            true => Ok((!is_skipped).into_pyobject(py)?.to_owned().into_any()),
-            false => Ok(PyTuple::new(py, left)?.into_any()),
-        }
+        Ok((!is_skipped).into_pyobject(py)?.to_owned().into_any())
     }
 
     /// The sum of the squares of the gradients of `rows`, and whether one of them is not finite.
     fn measure(
-        &self,
+        slf: &Bound<'_, Self>,
         groups: &Bound<'_, PyList>,
         rows: &Bound<'_, PyDict>,
     ) -> PyResult<(f64, bool)> {
-        let py = groups.py();
+        let (py, this) = (groups.py(), slf.get());
+        let storage = slf.as_super().get().values().storage;
         let torch = Torch::get(py)?;
         let wanted = Wanted {
             groups,
@@ -218,8 +212,8 @@ impl Stepper {
             rows: Some(rows),
             is_rows_alone: true,
         };
-        let mut contents = self.0.wait(py)?;
-        let outcome = contents.measure(torch, &wanted);
+        let mut contents = this.0.wait(py)?;
+        let outcome = contents.measure(torch, &wanted, &storage);
         contents.release(py);
         match outcome {
             Ok(found) => Ok(found),
@@ -228,30 +222,66 @@ impl Stepper {
         }
     }
 
-    /// Whether the core can step a tuple (p, g, square_avg, grad_avg, momentum_buffer, ema, step) of a
-    /// group.
-    fn takes(&self, group: &Bound<'_, PyDict>, row: &Bound<'_, PyTuple>) -> PyResult<bool> {
+    /// Whether the core can step a tuple (p, g, state, begins) of a group.
+    fn takes(
+        slf: &Bound<'_, Self>,
+        group: &Bound<'_, PyDict>,
+        row: &Bound<'_, PyTuple>,
+    ) -> PyResult<bool> {
         let py = group.py();
         let config = GroupOptions::read(Front::Torch, group, "")?.config;
+        let storage = slf.as_super().get().values().storage;
         let torch = Torch::get(py)?;
-        for tensor in row.iter().filter(|tensor| !tensor.is_none()) {
+        let Pair { p, g, state, .. } = Pair::of_row(0, row)?;
+        let StateAt::Entry(state) = state else {
+            return Ok(false);
+        };
+        let tensors = state.bind(py).cast::<PyDict>()?.values().iter();
+        for tensor in tensors.chain([p.bind(py).clone(), g.bind(py).clone()]) {
             if !torch.is_plain(&tensor) || torch.is_pending(&tensor)? {
                 return Ok(false);
             }
         }
-        let row = row.as_unbound();
         Ok(Quiet::during(py, |quiet| {
-            let items = Lent::of(quiet, row).items(quiet);
-            let Some((items, p, g)) =
-                items.and_then(|items| Some((items, items.get(0)?, items.get(1)?)))
-            else {
-                return false;
-            };
-            let entry = Entry::of_items(quiet, items);
-            let read = |role| torch.view(quiet, entry.tensor([p, g], role)?);
-            let row = row::check(Role::used(&config), read);
+            let [p, g, state] = [&p, &g, &state].map(|object| Lent::of(quiet, object));
+            let entry = Entry::of_dict(quiet, state, &config, &storage).unwrap_or_default();
+            let row = entry.row(quiet, torch, [p, g], &config, &storage);
             entry.count(quiet, torch).is_some() && row.is_ok()
         }))
+    }
+
+    /// The name of the type that a key's array has for a parameter of a type and of so many elements;
+    /// None if it has none.
+    fn stored_dtype(
+        slf: &Bound<'_, Self>,
+        key: &str,
+        dtype: &str,
+        numel: usize,
+    ) -> Option<&'static str> {
+        let storage = slf.as_super().get().values().storage;
+        let parameter = float_named(dtype)?;
+        let stored = storage.dtype(StateKey::named(key)?, parameter, numel)?;
+        Some(Element::real(stored).name())
+    }
+
+    /// ValueError for options of a group that do not go with how state is stored.
+    fn check_storage(
+        slf: &Bound<'_, Self>,
+        group: &Bound<'_, PyDict>,
+        place: &str,
+    ) -> PyResult<()> {
+        let config = GroupOptions::read(Front::Torch, group, place)?.config;
+        slf.as_super()
+            .get()
+            .values()
+            .storage
+            .check_group(&config, place)
+    }
+
+    /// What is wanted instead of a parameter of that type, if its state cannot be stored as it should.
+    fn refuses(slf: &Bound<'_, Self>, dtype: &str) -> Option<&'static str> {
+        let storage = slf.as_super().get().values().storage;
+        storage.check_parameter(float_named(dtype)?).err()
     }
 
     /// A parameter's name in a message: "parameter 3 ('fc.weight')".
@@ -261,6 +291,11 @@ impl Stepper {
     }
 }
 
+fn float_named(name: &str) -> Option<DType> {
+    let mut floats = [DType::F16, DType::BF16, DType::F32, DType::F64].into_iter();
+    floats.find(|&float| Element::real(float).name() == name)
+}
+
 impl TensorSession {
     fn step(
         &mut self,
@@ -268,7 +303,7 @@ impl TensorSession {
         wanted: &Wanted<'_, '_>,
         options: &Values,
         gathered: Option<Gathered>,
-    ) -> Result<(Verdict, Vec<usize>), Unfit> {
+    ) -> Result<Verdict, Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
         let crew = Crew {
@@ -278,21 +313,26 @@ impl TensorSession {
             is_apart: false,
         };
         let state = wanted.state.as_unbound();
-        let (check, batch) = self.check(torch, !options.clipping.looks());
+        let (check, batch) = self.check(torch, &options.storage);
         let verdict = step::run(py, &crew, &options.clipping, gathered, |quiet| {
             let (work, counts) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
             Ok((work, || counts.iter().for_each(Count::increment)))
         });
         let verdict = verdict.map_err(Unfit::Odd)?;
         self.conclude(torch, wanted.groups, &verdict)?;
-        Ok((verdict, std::mem::take(&mut self.tensors.left)))
+        Ok(verdict)
     }
 
-    fn measure(&mut self, torch: &Torch, wanted: &Wanted<'_, '_>) -> Result<(f64, bool), Unfit> {
+    fn measure(
+        &mut self,
+        torch: &Torch,
+        wanted: &Wanted<'_, '_>,
+        storage: &Storage,
+    ) -> Result<(f64, bool), Unfit> {
         let py = wanted.groups.py();
         self.collect(torch, wanted)?;
         let state = wanted.state.as_unbound();
-        let (check, batch) = self.check(torch, false);
+        let (check, batch) = self.check(torch, storage);
         let found = Quiet::during(py, |quiet| {
             let (mut work, _) = check.all(quiet, batch.open(), Lent::of(quiet, state))?;
             let squares = work.sum_squares(&Threads::CALLER);
@@ -306,7 +346,7 @@ impl TensorSession {
     fn check<'x>(
         &'x mut self,
         torch: &'x Torch,
-        can_leave: bool,
+        storage: &'x Storage,
     ) -> (TensorCheck<'x>, &'x mut Batch) {
         let check = TensorCheck {
             torch,
@@ -314,7 +354,7 @@ impl TensorSession {
             pairs: &self.pairs,
             tensors: &mut self.tensors,
             odd: Vec::new(),
-            can_leave,
+            storage,
         };
         (check, &mut self.batch)
     }
@@ -408,6 +448,7 @@ impl TensorSession {
             p: p.unbind(),
             g: g.unbind(),
             state,
+            has_ema: true,
         });
         Ok(true)
     }
@@ -483,7 +524,6 @@ impl TensorSession {
 impl Noted {
     fn release(&mut self, py: Python<'_>) {
         self.counts.clear();
-        self.left.clear();
         for tensor in self.written.drain(..).chain(self.held.drain(..)) {
             drop(tensor.into_bound(py));
         }
@@ -497,7 +537,8 @@ impl Pair {
             index,
             p: row.get_item(0)?.unbind(),
             g: row.get_item(1)?.unbind(),
-            state: StateAt::Tuple(row.clone().unbind()),
+            state: StateAt::Entry(row.get_item(2)?.unbind()),
+            has_ema: !row.get_item(3)?.is_truthy()?,
         })
     }
 }
@@ -511,8 +552,7 @@ struct TensorCheck<'x> {
     tensors: &'x mut Noted,
     /// The indices of parameters that are not ordinary.
     odd: Vec<usize>,
-    /// No option is on that looks at all gradients.
-    can_leave: bool,
+    storage: &'x Storage,
 }
 
 impl<'x> TensorCheck<'x> {
@@ -532,20 +572,17 @@ impl<'x> TensorCheck<'x> {
         let mut start = 0;
         for group in self.groups {
             let mut rules = RuleCache::default();
-            let config = &group.options.config;
-            let uses = Role::used(config);
+            let (config, storage) = (&group.options.config, self.storage);
             for k in start..group.end.max(start) {
                 let pair = &self.pairs[k];
                 let entry = match &pair.state {
-                    StateAt::Next => walk.find(quiet, Lent::of(quiet, &pair.p), config),
-                    StateAt::Entry(entry) => Entry::of_dict(quiet, Lent::of(quiet, entry), config),
-                    StateAt::Tuple(tuple) => {
-                        let items = Lent::of(quiet, tuple).items(quiet);
-                        items.map(|items| Entry::of_items(quiet, items))
+                    StateAt::Next => walk.find(quiet, Lent::of(quiet, &pair.p), config, storage),
+                    StateAt::Entry(entry) => {
+                        Entry::of_dict(quiet, Lent::of(quiet, entry), config, storage)
                     }
                 };
                 steps.extend(entry.and_then(|entry| entry.step));
-                self.pair(quiet, &mut work, k, entry, (config, uses), &mut rules);
+                self.pair(quiet, &mut work, k, entry, config, &mut rules);
             }
             start = group.end.max(start);
         }
@@ -568,40 +605,35 @@ impl<'x> TensorCheck<'x> {
         work: &mut Work<'_, '_>,
         k: usize,
         entry: Option<Entry<'_>>,
-        (config, uses): (&Config, [bool; ROLES]),
+        config: &Config,
         rules: &mut RuleCache,
     ) {
         let pair = &self.pairs[k];
         let (p, g) = (Lent::of(quiet, &pair.p), Lent::of(quiet, &pair.g));
         let entry = entry.unwrap_or_default();
-        let read = |role| self.torch.view(quiet, entry.tensor([p, g], role)?);
-        let row = match row::check(uses, read) {
-            Ok(row) => row,
-            Err((Role::Parameter, Refusal::DType))
-                if self.can_leave && entry.is_complete(config) && config.is_torchs() =>
-            {
-                return self.tensors.left.push(pair.index);
-            }
-            Err(_) => return self.odd.push(pair.index),
+        let Ok(row) = entry.row(quiet, self.torch, [p, g], config, self.storage) else {
+            return self.odd.push(pair.index);
         };
         let Some(count) = entry.count(quiet, self.torch) else {
             return self.odd.push(pair.index);
         };
-        // An average is made as the parameter is, before the step.
-        let rule = rules.get(work, row.dtype, config, count.read() as u64, true);
+        let steps = count.read() as u64;
+        let rule = rules.get(work, row.dtype, config, steps, pair.has_ema);
+        let noise = self.storage.noise(steps.saturating_add(1));
         // SAFETY: references to the tensors are held until the work is done, and to those of the counts
         // if that takes long; else nobody changes the dicts that hold them. Rows may share
         // elements with each other, which is why they are updated by the caller alone unless
         // `Work::is_apart`.
-        unsafe { row.push(work, pair.index, rule) };
+        unsafe { row.push(work, pair.index, rule, noise) };
         let Noted {
             counts, written, ..
         } = &mut *self.tensors;
         counts.push(count);
-        for key in StateKey::ALL {
-            if let Some(array) = entry.arrays[key as usize].filter(|_| key.is_used(config)) {
-                written.push(array.hold(quiet));
-            }
+        for key in StateKey::EVERY {
+            let is_used = key == StateKey::ErrorBits || key.is_used(config);
+            let both = [entry.arrays[key as usize], entry.scales[key as usize]];
+            let arrays = both.into_iter().flatten().filter(|_| is_used);
+            written.extend(arrays.map(|array| array.hold(quiet)));
         }
     }
 }
@@ -657,17 +689,24 @@ struct Entry<'q> {
     step: Option<Lent<'q>>,
     /// By [`StateKey`].
     arrays: [Option<Lent<'q>>; StateKey::COUNT],
+    /// Of those that are codes.
+    scales: [Option<Lent<'q>>; StateKey::COUNT],
 }
 
 impl<'q> Entry<'q> {
     /// Reads the dict of one parameter, until all that is used was found.
     #[inline]
-    fn of_dict(quiet: &'q Quiet<'_>, dict: Lent<'q>, config: &Config) -> Option<Self> {
+    fn of_dict(
+        quiet: &'q Quiet<'_>,
+        dict: Lent<'q>,
+        config: &Config,
+        storage: &Storage,
+    ) -> Option<Self> {
         let mut entry = Entry::default();
         for (key, value) in dict.entries(quiet)? {
             if let Some(place) = entry.place(quiet, key) {
                 *place = Some(value);
-                if entry.is_complete(config) {
+                if storage.is_plain() && entry.is_complete(config) {
                     break;
                 }
             }
@@ -675,13 +714,27 @@ impl<'q> Entry<'q> {
         Some(entry)
     }
 
-    /// From p, g, square_avg, grad_avg, momentum_buffer, ema, step.
-    fn of_items(quiet: &'q Quiet<'_>, items: Items<'q>) -> Self {
-        let item = |k| items.get(k).filter(|item| !item.is_none(quiet));
-        Entry {
-            arrays: [item(2), item(3), item(4), item(5)],
-            step: item(6),
+    /// What is stepped of a parameter and its gradient with this state.
+    #[inline(always)]
+    fn row(
+        &self,
+        quiet: &'q Quiet<'_>,
+        torch: &Torch,
+        [p, g]: [Lent<'q>; 2],
+        config: &Config,
+        storage: &Storage,
+    ) -> Result<Row, (Role, Refusal)> {
+        let read = |role| torch.view(quiet, self.tensor([p, g], role)?);
+        let read_scales = |role: Role| {
+            let scales = role.state_key().and_then(|key| self.scales[key as usize]);
+            torch.view(quiet, scales.ok_or(Refusal::NotAnArray)?)
+        };
+        let mut uses = Role::used(config);
+        if storage.has_error_bits() {
+            let p = read(Role::Parameter).map_err(|refusal| (Role::Parameter, refusal))?;
+            uses[Role::ErrorBits as usize] = p.element == Element::real(DType::BF16);
         }
+        row::check(uses, storage.rounding, read, read_scales)
     }
 
     /// The tensor of a role.
@@ -707,7 +760,7 @@ impl<'q> Entry<'q> {
     #[inline]
     fn is_complete(&self, config: &Config) -> bool {
         let is_there = |key: StateKey| self.arrays[key as usize].is_some() || !key.is_used(config);
-        self.step.is_some() && StateKey::ALL.into_iter().all(is_there)
+        self.step.is_some() && StateKey::EVERY.into_iter().all(is_there)
     }
 
     /// Where the value of a key goes.
@@ -719,6 +772,7 @@ impl<'q> Entry<'q> {
             intern!(py, "grad_avg"),
             intern!(py, "momentum_buffer"),
             intern!(py, "ema"),
+            intern!(py, "error_bits"),
             intern!(py, "step"),
         ];
         let found = names.iter().position(|name| name.as_ptr() == key.as_ptr());
@@ -726,10 +780,15 @@ impl<'q> Entry<'q> {
         let is_equal =
             |name: &Bound<'_, PyString>| name.to_str().is_ok_and(|name| key.is_string(quiet, name));
         let found = found.or_else(|| names.iter().position(|name| is_equal(name)));
-        Some(match found? {
-            StateKey::COUNT => &mut self.step,
-            k => &mut self.arrays[k],
-        })
+        match found {
+            Some(StateKey::COUNT) => Some(&mut self.step),
+            Some(k) => Some(&mut self.arrays[k]),
+            None => {
+                let key = key.hold(quiet).into_bound(py).extract::<String>().ok()?;
+                let key = StateKey::named(key.strip_suffix(SCALE)?)?;
+                Some(&mut self.scales[key as usize])
+            }
+        }
     }
 }
 
@@ -760,6 +819,7 @@ impl<'q> StateWalk<'q> {
         quiet: &'q Quiet<'_>,
         parameter: Lent<'_>,
         config: &Config,
+        storage: &Storage,
     ) -> Option<Entry<'q>> {
         let is_it = |(key, _): &(Lent<'_>, Lent<'_>)| key.as_ptr() == parameter.as_ptr();
         let found = match &self.places {
@@ -770,7 +830,7 @@ impl<'q> StateWalk<'q> {
             Some(found) => found,
             None => self.search(quiet, parameter)?,
         };
-        Entry::of_dict(quiet, found, config)
+        Entry::of_dict(quiet, found, config, storage)
     }
 
     #[cold]

@@ -296,6 +296,9 @@ impl Element {
             (DType::F64, false) => "float64",
             (DType::F32, true) => "complex64",
             (DType::F64, true) => "complex128",
+            (DType::U8, _) => "uint8",
+            (DType::I8, _) => "int8",
+            (DType::I16, _) => "int16",
             (DType::F16 | DType::BF16, true) => "complex32",
         }
     }
@@ -608,6 +611,9 @@ impl<'q> View<'q> {
             num if num == NPY_TYPES::NPY_HALF as i32 => DType::F16,
             num if num == NPY_TYPES::NPY_FLOAT as i32 => DType::F32,
             num if num == NPY_TYPES::NPY_DOUBLE as i32 => DType::F64,
+            num if num == NPY_TYPES::NPY_UBYTE as i32 => DType::U8,
+            num if num == NPY_TYPES::NPY_BYTE as i32 => DType::I8,
+            num if num == NPY_TYPES::NPY_SHORT as i32 => DType::I16,
             num if num > 0 && num == BFLOAT16.load(Relaxed) => DType::BF16,
             _ => return Err(Refusal::DType),
         };
@@ -635,7 +641,7 @@ impl<'q> View<'q> {
 }
 
 /// What a message wants where nothing is known of the parameter.
-pub(crate) const WANTED: &str = "a float32 or float64 array";
+pub(crate) const WANTED: &str = "a float16, bfloat16, float32 or float64 array";
 
 /// "float32 of shape (64, 4)".
 pub(crate) fn describe_array(dtype: &str, shape: &[i64]) -> String {
