@@ -247,8 +247,8 @@ def test_flags_are_whatever_is_true(name, value):
 
 def sparse_gradient(cls):
     params = [leaf(3)]
-    opt = cls(params)
-    params[0].grad = torch.ones(3).to_sparse()
+    opt = cls(params, capturable=True)
+    params[0].grad = torch.ones(3).to_sparse()  # torch takes none
     opt.step()
 
 

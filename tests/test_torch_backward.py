@@ -523,9 +523,9 @@ def test_complex_tensors(dtype):
     assert_close(results[1], results[0], rounded_as=torch.float32)
 
 
-def test_sparse_gradients_are_refused_as_by_step():
+def test_sparse_gradients_that_are_refused_as_by_step():
     weight = torch.ones(5, 3, requires_grad=True)
-    opt = RMSprop([weight])
+    opt = RMSprop([weight], capturable=True)
     opt.step_in_backward()
     loss = nn.functional.embedding(torch.tensor([1]), weight, sparse=True).sum()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):

@@ -489,6 +489,8 @@ def test_sparse_gradient(stepped, contiguous):
     if stepped:
         opt.step()
     params[1].grad = sparse()
+    refuses(opt, params, ValueError, "^gradient 1: expected a gradient of rows, got")
+    opt.param_groups[0]["capturable"] = True
     refuses(opt, params, RuntimeError, "^RMSprop does not support sparse gradients$")
 
 

@@ -26,15 +26,10 @@ class SharedRMSprop(RMSprop):
 
     def __init__(self, params, **options):
         super().__init__(params, **options)
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.state[param] = {
-                    "step": torch.zeros(()).share_memory_(),
-                    **{
-                        key: torch.zeros_like(param).share_memory_()
-                        for key in ("square_avg", "momentum_buffer", "grad_avg")
-                    },
-                }
+        self.init_state()
+        for entry in self.state.values():
+            for tensor in entry.values():
+                tensor.share_memory_()
 
 
 def stepped(params, **options):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from itertools import chain
 
 import pytest
 import torch
@@ -486,3 +487,41 @@ def test_an_optimizer_that_its_parameter_refers_to_is_collected(refer):
     refs = list(make())
     gc.collect()
     assert all(ref() is None for ref in refs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "momentum": 0.9,
+            "centered": True,
+            "ema_decay": 0.9,
+            "initial_square_avg": 1.0,
+        },
+        {"state_dtype": "uint8", "master_weight_bits": 32},
+    ],
+)
+def test_init_state_makes_what_the_first_step_would(options):
+    """All of it; what is there stays, and training is the same."""
+    ends = []
+    for early in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(5000, generator=generator).to(dtype))
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        opt = RMSprop(params, **options)
+        if early:
+            opt.init_state()
+            made = [list(entry.values()) for entry in opt.state.values()]
+            opt.init_state()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        found = [list(entry.values()) for entry in opt.state.values()]
+        if early:
+            pairs = zip(chain(*made), chain(*found), strict=True)
+            assert all(one is other for one, other in pairs)
+        ends.append([*params, *chain(*found)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))

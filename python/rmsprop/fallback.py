@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop as torch_rmsprop
@@ -142,19 +143,30 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
     if (grad := p.grad) is None:
         plan.rows[index] = None
         return
-    if grad.is_sparse:
-        raise RuntimeError("RMSprop does not support sparse gradients")
     # What a parameter that is listed twice was given is not made again.
     twins = (odd.new for odd in plan.odd.values() if odd.p is p)
     given = next(twins, {})
     known = {**opt.state.get(p, {}), **given}
     own = _own_options(opt, group)
     is_left = group["capturable"] or group["differentiable"] or is_watched() and not own
-    new = missing_state(None if is_left else opt._stepper, p, known, group)
+    stepper = None if is_left else opt._stepper
+    # Steps of some rows begin the average of all.
+    new = missing_state(stepper, p, known, group, begins=not grad.is_sparse)
     odd = Odd(group, p, grad, {**known, **new}, new)
     row = None if is_left else _row(odd)
-    if row is not None and not opt._stepper.takes(group, row):
+    is_sparse = grad.layout != torch.strided
+    if is_sparse and (is_left or is_dtensor(p) or grad.layout != torch.sparse_coo):
+        raise RuntimeError("RMSprop does not support sparse gradients")
+    asked = row
+    if row is not None and is_sparse:
+        name = opt._stepper.name_in(list(opt.param_groups), index)
+        indices, values = _rows(grad, odd, name.replace("parameter", "gradient", 1))
+        row = (row[0], (indices, values), *row[2:])
+        asked = (row[0], (indices[:0], values[:0]), *row[2:])
+    if asked is not None and not opt._stepper.takes(group, asked):
         row = None
+    if row is None and is_sparse:
+        raise RuntimeError("RMSprop does not support sparse gradients")
     if row is None:
         check_capture(opt)
     if row is None and own:
@@ -231,7 +243,8 @@ def _row(odd: Odd) -> Row:
     if is_dtensor(p) and all(_is_placed_like(x, p) for x in tensors):
         p, grad = shard(p), shard(grad)
         state = {key: shard(x) for key, x in state.items()}
-    return (p, grad, {**state, "step": entry["step"]}, "ema" in odd.new)
+    begins = "ema" in odd.new and not grad.is_sparse
+    return (p, grad, {**state, "step": entry["step"]}, begins)
 
 
 def _used(group: Group) -> list[str]:
@@ -243,6 +256,33 @@ def _used(group: Group) -> list[str]:
         "ema": group.get("ema_decay") is not None,
     }
     return [key for key, is_it in is_used.items() if is_it]
+
+
+def _rows(grad: Tensor, odd: Odd, name: str) -> tuple[Any, Tensor]:
+    """The indices and the values of a gradient of rows, as given; its tensor may be unchecked."""
+    p = odd.p
+    if grad.sparse_dim() != 1:
+        raise ValueError(
+            f"{name}: expected a gradient of rows, got one with {grad.sparse_dim()} sparse dimensions"
+        )
+    indices, values = grad._indices()[0].numpy(), grad._values()
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected floats, got {values.dtype}")
+    if values.shape != (len(indices), *p.shape[1:]):
+        raise ValueError(
+            f"{name}: expected values of shape {(len(indices), *p.shape[1:])}, got {tuple(values.shape)}"
+        )
+    for index in (indices.min(), indices.max()) if len(indices) else ():
+        if not 0 <= index < p.shape[0]:
+            raise ValueError(
+                f"{name}: expected indices from 0 to {p.shape[0] - 1}, got {index}"
+            )
+    if any(key + SCALE in odd.entry for key in _used(odd.group)):
+        raise ValueError(
+            f"{name}: expected a dense gradient with state in uint8, got one of rows, which share"
+            " blocks"
+        )
+    return np.ascontiguousarray(indices), values
 
 
 def _is_placed_like(tensor: Any, p: Any) -> bool:
@@ -295,10 +335,13 @@ def _step_by_torch(plan: Plan) -> None:
         )
 
 
-def missing_state(stepper: Any, p: Tensor, entry: Group, group: Group) -> Group:
+def missing_state(
+    stepper: Any, p: Tensor, entry: Group, group: Group, begins: bool
+) -> Group:
     """Creates the state that the options need and that is not there, at its start value.
 
-    Without a stepper it is torch's own: of the parameter's type.
+    Without a stepper it is torch's own: of the parameter's type. An average ``begins`` with the
+    step that it is made for, or else is the parameter as it is.
     """
 
     def dtype_of(key: str) -> Any:
@@ -314,7 +357,10 @@ def missing_state(stepper: Any, p: Tensor, entry: Group, group: Group) -> Group:
     if dtype is not None and "error_bits" not in entry:
         new |= torch_storage.start(p, "error_bits", dtype, 0, 5)
     for place, key in enumerate(_used(group), start=1):
-        if key not in entry:
+        if key == "ema" and key not in entry and not begins:
+            error_bits = entry.get("error_bits")
+            new[key] = torch_storage.copy_of(p, dtype_of(key), error_bits, place)
+        elif key not in entry:
             value = group.get("initial_square_avg", 0.0) if key == "square_avg" else 0.0
             new |= torch_storage.start(p, key, dtype_of(key), value, place)
     return new

@@ -119,7 +119,8 @@ class RMSprop(_core.Optimizer):
     of any shape and strides: NumPy arrays, :class:`rmsprop.Parameter`, buffers, or DLPack
     tensors. They are never copied. Those of 16 bits compute in float32, as does their state.
     Gradients have the parameter's shape, and its dtype or another of these, and are read
-    only. The state (one array a parameter, more with ``centered`` and ``momentum``) is
+    only. A gradient of some rows is a tuple of their indices, in any order and more than once,
+    and their values: the other rows, their state included, stay as they are. The state (one array a parameter, more with ``centered`` and ``momentum``) is
     allocated here, and nothing that grows with it later.
 
     The arrays are trained themselves: write into them, for ``params["w"] = x`` leaves the
@@ -204,7 +205,7 @@ class RMSprop(_core.Optimizer):
     """
 
     #: Whether row-sparse gradients are taken.
-    support_sparse = False
+    support_sparse = True
 
     defaults: dict[str, Any]
 
@@ -373,7 +374,7 @@ class RMSprop(_core.Optimizer):
             for p in group["params"]:
                 if getattr(p, "grad", None) is None:
                     continue
-                if set_to_none:
+                if set_to_none or isinstance(p.grad, tuple):
                     p.grad = None
                     continue
                 array = _grad_array(p)

@@ -70,7 +70,8 @@ class RMSprop(Optimizer):
     Tensors of floats and complex numbers in host memory are stepped here, on torch's own
     threads; all others (CUDA, ``capturable``, ``differentiable``) by torch's
     own ``rmsprop``, which has none of the options after ``differentiable``. Those of 16 bits
-    compute in float32, as does their state.
+    compute in float32, as does their state. Of a sparse gradient of rows (``Embedding`` and
+    ``EmbeddingBag`` with ``sparse=True``) only those rows and their state are touched.
 
     Args:
         params: as for every torch optimizer: tensors, ``(name, tensor)`` pairs or
@@ -416,6 +417,27 @@ class RMSprop(Optimizer):
                 found.append((p, loaded))
         return found
 
+    def init_state(self) -> None:
+        """Makes all state now instead of at the first step, so that it can be shared before a fork.
+
+        State that is there stays as it is. An average is the parameter as it is now.
+
+        Example:
+            >>> net = torch.nn.Linear(3, 1)
+            >>> opt = RMSprop(net.parameters(), momentum=0.9)
+            >>> opt.init_state()
+            >>> for entry in opt.state.values():
+            ...     for tensor in entry.values():
+            ...         _ = tensor.share_memory_()
+        """
+        for group in self.param_groups:
+            is_left = group["capturable"] or group["differentiable"]
+            stepper = None if is_left else self._stepper
+            for p in group["params"]:
+                known = self.state.get(p, {})
+                new = fallback.missing_state(stepper, p, known, group, begins=False)
+                self.state[p].update(new)
+
     def float32_params(self) -> list[Tensor]:
         """Returns copies of the full values of the parameters, in their order.
 
@@ -500,7 +522,8 @@ class RMSprop(Optimizer):
             ValueError: for a tensor that only torch's own ``rmsprop`` takes, where an
                 option is on that it does not have; nothing is changed then.
             FloatingPointError: with ``nonfinite="raise"``; nothing is changed then.
-            RuntimeError: for a sparse gradient.
+            RuntimeError: for a sparse gradient that is not ``sparse_coo``, or that torch's own
+                ``rmsprop`` would have to take.
         """
         # torch's wrapper costs more than a small step: it is used when there is a need.
         if (

@@ -54,6 +54,22 @@ def start(
     return {key: codes, key + SCALE: scale}
 
 
+def copy_of(
+    p: Tensor, dtype: torch.dtype, error_bits: Tensor | None, place: int
+) -> Tensor:
+    """A tensor like the parameter with its full values."""
+    like = filled_like(p, dtype, 0, place)
+    if not _is_host_array(p):
+        return like.copy_(p.detach())
+    errors = None if error_bits is None else error_bits.numpy()
+    values = storage.joined(as_ndarray(p), errors)
+    if dtype == torch.bfloat16:
+        like.copy_(torch.from_numpy(values))
+    else:
+        _array_of(like)[...] = values
+    return like
+
+
 def filled_like(p: Tensor, dtype: torch.dtype, value: float, place: int) -> Tensor:
     """A tensor like the parameter with one value; complex ones have it in both parts."""
     if not _is_host_array(p):

@@ -191,13 +191,14 @@ impl<'a> Work<'_, 'a> {
     #[inline]
     #[allow(unsafe_code)]
     pub unsafe fn push(&mut self, index: usize, arrays: [Address; SWEPT], numel: usize, rule: u32) {
-        let [dense @ .., ema] = arrays;
         if with_rule!(&self.batch.rules[rule as usize], rule => rule.has_average()) {
             let dtype = self.batch.rules[rule as usize].dtype();
-            let form = Form::dense(dtype, numel, dense, ema);
+            let mut form = Form::dense(dtype, numel);
+            form.arrays[..SWEPT].copy_from_slice(&arrays);
             // SAFETY: passed on to the caller.
             return unsafe { self.push_form(index, form, numel, rule) };
         }
+        let [dense @ .., _] = arrays;
         self.add(Piece {
             arrays: dense,
             numel,

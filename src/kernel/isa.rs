@@ -215,7 +215,8 @@ fn sweep_scalar<'a, T: Real>(all: impl Iterator<Item = Slices<'a, T>>, rule: &Ru
     for mut slices in all {
         while !slices.p.is_empty() {
             let (one, others) = slices.split_at(1);
-            sweep_baseline(std::iter::once(one), rule);
+            let mut one = std::iter::once(one);
+            sweep_baseline(&mut one as &mut dyn Iterator<Item = _>, rule);
             slices = others;
         }
     }

@@ -12,6 +12,8 @@ pub(crate) mod batch;
 pub(crate) mod isa;
 mod lanes;
 pub(crate) mod norm;
+#[cfg_attr(not(feature = "python"), allow(dead_code))] // Rust's gradients are dense.
+pub(crate) mod rows;
 pub(crate) mod rule;
 pub(crate) mod stage;
 pub(crate) mod storage;

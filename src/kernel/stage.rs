@@ -9,8 +9,9 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::batch::{DENSE_ROLES, aligned};
+use super::batch::aligned;
 use super::isa::Code;
+use super::rows::{Rows, Summed};
 use super::rule::{Real, Rule, Slices};
 use super::storage::{self, BLOCK, Noise, Rounding, SIGNED, Stream, UNSIGNED};
 use super::{DType, ROLES, Role, SWEPT};
@@ -39,7 +40,12 @@ pub(crate) struct Form {
     is_dense: [bool; ROLES],
     /// The parameter has error bits.
     has_error_bits: bool,
+    /// The rows that alone have a gradient, which then is of these.
+    rows: Option<Rows>,
 }
+
+/// The forms of the rule are compiled once for all of these, and not for each kind of iterator.
+type Several<'i, 'a, T> = &'i mut dyn Iterator<Item = Slices<'a, T>>;
 
 /// An address that is followed only inside of the methods of [`Work`](super::batch::Work).
 #[derive(Clone, Copy)]
@@ -131,32 +137,39 @@ impl Form {
             dtypes,
             is_dense,
             has_error_bits: layout.has_error_bits,
+            rows: None,
         }
     }
 
+    /// The same for some rows of the elements, which go in C order, and their gradient.
+    #[cfg_attr(not(feature = "python"), allow(dead_code))] // Rust's gradients are dense.
+    pub fn with_rows(mut self, mut rows: Rows) -> Self {
+        let k = Role::Gradient as usize;
+        self.arrays[k] = Address(rows.gradient.address());
+        self.is_dense[k] = true;
+        self.dtypes[k] = match rows.gradient {
+            Summed::F32(_) => DType::F32,
+            Summed::F64(_) => DType::F64,
+        };
+        self.rows = Some(rows);
+        self
+    }
+
     /// The form of arrays of the compute type that are all dense in the same order.
-    pub fn dense(
-        compute: DType,
-        numel: usize,
-        arrays: [Address; DENSE_ROLES],
-        ema: Address,
-    ) -> Self {
+    pub fn dense(compute: DType, numel: usize) -> Self {
         let layout = Layout {
             dtypes: [compute; ROLES],
             is_gradient_aligned: true,
             has_error_bits: false,
         };
         let strides = [compute.size() as isize; ROLES];
-        let mut form = Form::new(
+        Form::new(
             &layout,
             [Dim {
                 len: numel,
                 strides,
             }],
-        );
-        form.arrays[..DENSE_ROLES].copy_from_slice(&arrays);
-        form.arrays[Role::Ema as usize] = ema;
-        form
+        )
     }
 
     /// The role of the error bits, if it has any.
@@ -350,6 +363,22 @@ impl Form {
         }
     }
 
+    /// Copies elements of a gradient from one on, in the compute type.
+    ///
+    /// # Safety
+    /// As [`Form::fill`].
+    #[allow(unsafe_code)]
+    #[cfg_attr(not(feature = "python"), allow(dead_code))] // Rust's gradients are dense.
+    pub unsafe fn read_gradient<T: Real>(&self, first: usize, row: &mut [T]) {
+        let mut room = RoomOf::NEW;
+        let mut room = room.room(self, STAGE.min(row.len()));
+        for (k, part) in row.chunks_mut(STAGE).enumerate() {
+            let start = first + k * STAGE;
+            // SAFETY: passed on to the caller.
+            unsafe { self.fill(Role::Gradient, start..start + part.len(), part, &mut room) };
+        }
+    }
+
     /// # Safety
     /// As [`Form::fill`].
     #[inline(always)]
@@ -531,12 +560,61 @@ impl Form {
     ) {
         let uses = rule.uses();
         let staged = |&role: &Role| uses[role as usize] && !self.is_direct::<T>(role);
-        if !Role::ALL.iter().any(&staged) {
-            let arrays = |k: usize| self.arrays[k].0.cast::<T>().wrapping_add(range.start);
+        let is_direct = !Role::ALL.iter().any(&staged);
+        let slices = |range: Range<usize>, at: usize| {
+            let starts = |k: usize| {
+                if k == Role::Gradient as usize {
+                    at
+                } else {
+                    range.start
+                }
+            };
+            let arrays = |k: usize| self.arrays[k].0.cast::<T>().wrapping_add(starts(k));
             // SAFETY: passed on to the caller: arrays of type `T`, dense in the order of the walk.
-            let slices = unsafe { Slices::new(std::array::from_fn(arrays), range.len(), rule) };
-            return code.sweep_all(aligned(slices), rule);
+            unsafe { Slices::new(std::array::from_fn(arrays), range.len(), rule) }
+        };
+        let (mut whole, mut some);
+        let stretches: &mut dyn Iterator<Item = _> = match &self.rows {
+            None => {
+                let start = range.start;
+                whole = std::iter::once((range, start));
+                &mut whole
+            }
+            Some(rows) => {
+                some = rows.stretches(range);
+                &mut some
+            }
+        };
+        if is_direct {
+            let mut all = stretches.flat_map(|(range, at)| aligned(slices(range, at)));
+            return code.sweep_all(&mut all as Several<'_, '_, T>, rule);
         }
+        for (range, at) in stretches {
+            // SAFETY: passed on to the caller.
+            unsafe { self.sweep_staged(code, index, range, at, rule) };
+        }
+    }
+
+    /// Updates a range of elements of which some are staged; `at` is the first of their gradient.
+    ///
+    /// # Safety
+    /// As [`Form::sweep`].
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn sweep_staged<T: Real>(
+        &self,
+        code: Code,
+        index: usize,
+        range: Range<usize>,
+        at: usize,
+        rule: &Rule<T>,
+    ) {
+        let uses = rule.uses();
+        let staged = |&role: &Role| uses[role as usize] && !self.is_direct::<T>(role);
+        let of = |role: Role, part: &Range<usize>| match role {
+            Role::Gradient => part.start - range.start + at..part.end - range.start + at,
+            _ => part.clone(),
+        };
         let streams = Role::ALL.map(|role| self.noise.stream(index, role));
         // Of a small parameter, what is not used is not touched.
         let most = STAGE.min(range.len());
@@ -555,17 +633,21 @@ impl Form {
             for role in Role::ALL.into_iter().filter(staged) {
                 let buffer = &mut *buffers[role as usize];
                 // SAFETY: passed on to the caller.
-                unsafe { self.fill(role, part.clone(), buffer, &mut room) };
+                unsafe { self.fill(role, of(role, &part), buffer, &mut room) };
             }
             let firsts = buffers.each_mut().map(|buffer| buffer.as_mut_ptr());
             let first = |k: usize| match self.is_direct::<T>(Role::ALL[k]) {
-                true => self.arrays[k].0.cast::<T>().wrapping_add(part.start),
+                true => {
+                    let start = of(Role::ALL[k], &part).start;
+                    self.arrays[k].0.cast::<T>().wrapping_add(start)
+                }
                 false => firsts[k],
             };
             // SAFETY: passed on to the caller, where they are arrays of type `T`, dense in the order of
             // the walk. The others are buffers.
             let slices = unsafe { Slices::new(std::array::from_fn(first), len, rule) };
-            code.sweep_all(std::iter::once(slices), rule);
+            let mut one = std::iter::once(slices);
+            code.sweep_all(&mut one as Several<'_, '_, T>, rule);
             for role in Role::ALL.into_iter().filter(staged) {
                 if role.is_written() {
                     let (buffer, stream) = (&*buffers[role as usize], streams[role as usize]);

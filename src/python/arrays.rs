@@ -18,7 +18,7 @@ use super::group::{Group, NewState, Stored, flatten};
 use super::options::{Change, Front, GroupOptions, StepOptions, Values, is_contiguous};
 use super::overlap::Extent;
 use super::param::{Destinations, Kind, Param, Refused};
-use super::row;
+use super::row::{self, NoRows};
 use super::source::{LentSource, Source, has_changed};
 use super::step::{self, Crew};
 use super::storage::{SCALE, Storage};
@@ -666,6 +666,11 @@ impl ArraySession {
                 let object = grads.of(py, param, index)?;
                 let gradient = Source::of_gradient(&object)
                     .map_err(|failure| param.refuse("gradient", index, failure, &object))?;
+                let is_of_rows = matches!(gradient, Some(Source::Rows(_)));
+                if is_of_rows && group.options.config.ema_decay.is_some() && !self.has_ema[index] {
+                    // A step of some rows begins the average of all.
+                    begin_average(py, group, param)?;
+                }
                 self.gradients.push(gradient);
             }
         }
@@ -1016,6 +1021,19 @@ impl ArraySession {
     }
 }
 
+/// Makes the average of a parameter what that is.
+fn begin_average(py: Python<'_>, group: &Group, param: &Param) -> PyResult<()> {
+    let Some(stored) = group.state(param.kind(), StateKey::Ema) else {
+        return Ok(());
+    };
+    let array = stored.elements.view_of(py, param, param.offset)?;
+    let state = py.import(intern!(py, "rmsprop.state"))?;
+    let values = state.call_method1(intern!(py, "as_ndarray"), (&param.object,))?;
+    let storage = py.import(intern!(py, "rmsprop.storage"))?;
+    let values = storage.call_method1(intern!(py, "joined"), (values, py.None()))?;
+    array.set_item(py.Ellipsis(), values)
+}
+
 /// The parameters that a group's dict names.
 fn params_of<'py>(dict: &Bound<'py, PyDict>, place: &str) -> PyResult<Bound<'py, PyAny>> {
     let objects = dict.get_item(intern!(dict.py(), "params"))?;
@@ -1115,7 +1133,8 @@ impl<'x> ArrayCheck<'x> {
             let Some(gradient) = gradient.filter(|_| self.destinations.is_checked()) else {
                 continue;
             };
-            let (steps, has_ema) = (self.steps[index], self.has_ema[index]);
+            let is_of_rows = matches!(gradient, LentSource::Rows(..));
+            let (steps, has_ema) = (self.steps[index], self.has_ema[index] || is_of_rows);
             let rule = rules.get(work, param.dtype.compute(), config, steps, has_ema);
             match mark.and_then(|mark| param.simple_pair(mark, gradient)) {
                 Some(pair) => self.push_simple(work, index, pair, rule)?,
@@ -1190,15 +1209,42 @@ impl<'x> ArrayCheck<'x> {
         let quiet = self.quiet;
         let in_gradient = |refusal| Refused::Array(Role::Gradient, index, refusal);
         let param = &self.params[index];
-        let g = gradient.view(quiet).map_err(in_gradient)?;
-        if g.element.is_complex || !g.element.dtype.is_float() {
-            return Err(in_gradient(Refusal::DType));
+        let config = &group.options.config;
+        let mut uses: [bool; ROLES] = Role::used(config);
+        uses[Role::ErrorBits as usize] = param.stored[StateKey::ErrorBits as usize].is_some();
+        let mut rows = None;
+        if let LentSource::Rows(indices, values) = gradient {
+            uses[Role::Gradient as usize] = false;
+            let values = values.lend(quiet).view(quiet).map_err(in_gradient)?;
+            let is_coarse = StateKey::EVERY
+                .into_iter()
+                .any(|key| key.is_used(config) && param.stored[key as usize] == Some(DType::U8));
+            let found = row::rows_of(&param.shape, param.dtype.compute(), indices, &values);
+            let found = match is_coarse {
+                true => Err(NoRows::Coarse),
+                false => found,
+            };
+            rows = Some(found.map_err(|no_rows| {
+                match no_rows.describe(&param.shape, indices.len(), values.shape) {
+                    Ok((wanted, found)) => {
+                        let culprit = param.culprit("gradient", index);
+                        let message = format!("{culprit}: expected {wanted}, got {found}");
+                        Refused::Error(PyValueError::new_err(message))
+                    }
+                    Err(refusal) => in_gradient(refusal),
+                }
+            })?);
+        } else {
+            let g = gradient.view(quiet).map_err(in_gradient)?;
+            if g.element.is_complex || !g.element.dtype.is_float() {
+                return Err(in_gradient(Refusal::DType));
+            }
+            if g.shape != &param.shape[..] {
+                return Err(in_gradient(Refusal::Unlike));
+            }
+            self.destinations
+                .check_gradient(self.params, index, &g.extent())?;
         }
-        if g.shape != &param.shape[..] {
-            return Err(in_gradient(Refusal::Unlike));
-        }
-        self.destinations
-            .check_gradient(self.params, index, &g.extent())?;
         let read = |role: Role| match (role, role.state_key()) {
             (Role::Parameter, _) => param.source.lend(quiet).view(quiet),
             (_, None) => gradient.view(quiet),
@@ -1220,14 +1266,12 @@ impl<'x> ArrayCheck<'x> {
                 Access::Writable,
             )
         };
-        let mut uses: [bool; ROLES] = Role::used(&group.options.config);
-        uses[Role::ErrorBits as usize] = param.stored[StateKey::ErrorBits as usize].is_some();
         let noise = group.storage.noise(self.steps[index].saturating_add(1));
         let row = row::check(uses, group.storage.rounding, read, read_scales)
             .map_err(|(role, refusal)| Refused::Array(role, index, refusal))?;
         // SAFETY: what keeps their memory is held, or lent by who keeps it while no Python code runs;
         // no two written arrays of the optimizer share an element.
-        unsafe { row.push(work, index, rule, noise) };
+        unsafe { row.push(work, index, rule, noise, rows) };
         self.params[index].cleared = 0;
         Ok(())
     }

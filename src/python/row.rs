@@ -1,7 +1,8 @@
 //! The arrays of one parameter, checked against each other: the last look before they are written.
 
-use super::view::{Element, Refusal, View};
+use super::view::{Element, Refusal, View, shape_name};
 use crate::kernel::batch::Work;
+use crate::kernel::rows::{self, NoSuchRow, Rows, Summed};
 use crate::kernel::stage::{Address, Dim, Form, Layout};
 use crate::kernel::storage::{BLOCK, Noise, Rounding};
 use crate::kernel::{DType, ROLES, Role};
@@ -47,7 +48,9 @@ pub(crate) fn check<'q>(
     let bytes = numel * dtype.size();
     let mut addresses = [0; ROLES];
     addresses[Role::Parameter as usize] = p.data;
-    let mut is_alike = is_compute_type && p.is_dense();
+    // Without a gradient there are rows of one, which are counted in C order.
+    let is_in_order = uses[Role::Gradient as usize] || p.is_in_order();
+    let mut is_alike = is_compute_type && p.is_dense() && is_in_order;
     for role in &Role::ALL[1..] {
         if !uses[*role as usize] {
             continue;
@@ -179,7 +182,7 @@ fn form_of<'q>(
         _ => view.element.dtype == compute,
     };
     // Random bits and blocks go in C order, so that the layout does not show.
-    if p.is_dense() && views.iter().all(is_wide) {
+    if uses[Role::Gradient as usize] && p.is_dense() && views.iter().all(is_wide) {
         // In the order of the parameter's memory, as on the dense path: the norm of the gradients
         // adds up in that order.
         dims.retain(|dim| dim.len != 1);
@@ -222,7 +225,7 @@ fn check_scales(scales: &View<'_>, numel: usize) -> Result<(), Refusal> {
 
 impl Row {
     /// Makes it work for the kernel, by the rule of that index, which is of its type. `noise` is what
-    /// is rounded with at random.
+    /// is rounded with at random; `rows` are those that have a gradient, if not all have one.
     ///
     /// # Safety
     /// What keeps the memory of the views that were checked outlives the work, and nobody else
@@ -230,22 +233,157 @@ impl Row {
     /// work is done by the caller alone.
     #[inline]
     #[allow(unsafe_code)]
-    pub unsafe fn push(self, work: &mut Work<'_, '_>, index: usize, rule: u32, noise: Noise) {
+    pub unsafe fn push(
+        self,
+        work: &mut Work<'_, '_>,
+        index: usize,
+        rule: u32,
+        noise: Noise,
+        rows: Option<Rows>,
+    ) {
         let arrays = self.addresses.map(|address| Address(address as *mut u8));
         // SAFETY: `check` found that the arrays are host memory of one shape, aligned, writable and of
         // the rule's type where that is asked for, in the form given, and that what is written
         // overlaps nothing else of this row and not itself. The rest is passed on to the caller.
         unsafe {
-            match self.form {
-                None => {
+            match (self.form, rows) {
+                (None, None) => {
                     let [swept @ .., _] = arrays;
                     work.push(index, swept, self.numel, rule);
                 }
-                Some(mut form) => {
+                (Some(mut form), None) => {
                     (form.arrays, form.noise) = (arrays, noise);
                     work.push_form(index, form, self.numel, rule);
                 }
+                (form, Some(rows)) => {
+                    let dense = || Form::dense(self.dtype, self.numel);
+                    let mut form = form.unwrap_or_else(dense);
+                    (form.arrays, form.noise) = (arrays, noise);
+                    let numel = rows.numel();
+                    work.push_form(index, form.with_rows(rows), numel, rule);
+                }
             }
+        }
+    }
+}
+
+/// The rows of a parameter of that shape that have a gradient: what is given for each of these indices, in
+/// the parameter's compute type.
+///
+/// # Errors
+/// Values of another shape or type; or the index that is none of a row.
+#[cold]
+#[allow(unsafe_code)]
+pub(crate) fn rows_of(
+    shape: &[i64],
+    compute: DType,
+    indices: &[i64],
+    values: &View<'_>,
+) -> Result<Rows, NoRows> {
+    let Some((&rows, row)) = shape.split_first() else {
+        return Err(NoRows::Scalar);
+    };
+    if !values.element.dtype.is_float() || values.element.is_complex {
+        return Err(Refusal::DType.into());
+    }
+    let is_like = values.shape.split_first() == Some((&(indices.len() as i64), row));
+    if !is_like {
+        return Err(NoRows::Values);
+    }
+    let len: usize = row.iter().map(|&len| len as usize).product();
+    let mut dtypes = [compute; ROLES];
+    dtypes[Role::Gradient as usize] = values.element.dtype;
+    let layout = Layout {
+        dtypes,
+        is_gradient_aligned: values.is_aligned,
+        has_error_bits: false,
+    };
+    let dims = values.shape.iter().zip(values.strides());
+    let mut form = Form::new(
+        &layout,
+        dims.map(|(&len, stride)| {
+            let mut strides = [0; ROLES];
+            strides[Role::Gradient as usize] = stride;
+            let len = len as usize;
+            Dim { len, strides }
+        }),
+    );
+    form.arrays[Role::Gradient as usize] = Address(values.data as *mut u8);
+    let wrong = |NoSuchRow(k): NoSuchRow| NoRows::Index(k, indices[k]);
+    let rows = rows as usize;
+    // SAFETY: the values were read while no Python code runs, and are of this form.
+    unsafe {
+        match compute {
+            DType::F64 => {
+                let read = |k: usize, row: &mut [f64]| form.read_gradient(k * len, row);
+                let (indices, sums) = rows::sum(indices, rows, len, read).map_err(wrong)?;
+                Ok(Rows::new(indices, len, Summed::F64(sums)))
+            }
+            _ => {
+                let read = |k: usize, row: &mut [f32]| form.read_gradient(k * len, row);
+                let (indices, sums) = rows::sum(indices, rows, len, read).map_err(wrong)?;
+                Ok(Rows::new(indices, len, Summed::F32(sums)))
+            }
+        }
+    }
+}
+
+/// Why indices and values are no rows of a parameter.
+#[derive(Debug)]
+pub(crate) enum NoRows {
+    /// The parameter has no dimensions.
+    Scalar,
+    /// Its state is codes of blocks, which rows would share.
+    Coarse,
+    /// The values are of another shape than so many rows.
+    Values,
+    /// The place of an index, and what it is.
+    Index(usize, i64),
+    Refusal(Refusal),
+}
+
+impl From<Refusal> for NoRows {
+    fn from(refusal: Refusal) -> Self {
+        NoRows::Refusal(refusal)
+    }
+}
+
+impl NoRows {
+    /// What was wanted, and what was found instead; or a refusal of the values.
+    pub fn describe(
+        &self,
+        shape: &[i64],
+        indices: usize,
+        found: &[i64],
+    ) -> Result<(String, String), Refusal> {
+        match self {
+            NoRows::Scalar => {
+                let wanted = "a gradient of a parameter with dimensions";
+                Ok((wanted.to_owned(), "rows of one without".to_owned()))
+            }
+            NoRows::Coarse => {
+                let wanted = "a dense gradient with state in uint8";
+                Ok((
+                    wanted.to_owned(),
+                    "one of rows, which share blocks".to_owned(),
+                ))
+            }
+            NoRows::Values => {
+                let wanted = [&[indices as i64], shape.get(1..).unwrap_or_default()].concat();
+                let (wanted, found) = (shape_name(&wanted), shape_name(found));
+                Ok((
+                    format!("values of shape {wanted} for so many indices"),
+                    found,
+                ))
+            }
+            NoRows::Index(place, index) => {
+                let rows = shape.first().copied().unwrap_or_default();
+                Ok((
+                    format!("indices from 0 to {}", rows - 1),
+                    format!("{index} at {place}"),
+                ))
+            }
+            NoRows::Refusal(refusal) => Err(*refusal),
         }
     }
 }

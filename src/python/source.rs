@@ -1,9 +1,9 @@
 //! How an object's memory is found: what a parameter or a gradient may be.
 
-use numpy::PyUntypedArray;
+use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyFloat, PyMemoryView};
+use pyo3::types::{PyFloat, PyMemoryView, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
 
 use super::dlpack::{self, Exchange, Managed};
@@ -23,6 +23,8 @@ pub(crate) enum Source {
     /// An object that hands out a new capsule every time, and the last one that it did, which a step
     /// lets go of.
     Capsule(Box<(Py<PyAny>, Option<Managed>)>),
+    /// Of a gradient: indices of rows, and their values.
+    Rows(Box<(Vec<i64>, Source)>),
 }
 
 impl Source {
@@ -70,6 +72,9 @@ impl Source {
         if object.is_none() {
             return Ok(None);
         }
+        if let Ok(rows) = object.cast::<PyTuple>() {
+            return Source::of_rows(rows).map(Some);
+        }
         match Source::of(object) {
             Ok(Source::Parameter(_, data, _)) => Ok(Some(Source::Array(data))),
             Err(Failure::Refusal(refusal))
@@ -83,6 +88,21 @@ impl Source {
         }
     }
 
+    /// Indices of rows and their values. Runs Python code.
+    fn of_rows(rows: &Bound<'_, PyTuple>) -> Result<Source, Failure> {
+        let wanted = "a pair of indices of rows and values";
+        if rows.len() != 2 {
+            let found = format!("a tuple of {}", rows.len());
+            return Err(Failure::Value(wanted, found));
+        }
+        let (indices, values) = (rows.get_item(0)?, rows.get_item(1)?);
+        let Some(values) = Source::of_gradient(&values)? else {
+            return Err(Failure::Type(wanted, "no values".to_owned()));
+        };
+        let indices = indices_of(&indices)?;
+        Ok(Source::Rows(Box::new((indices, values))))
+    }
+
     /// For the garbage collector.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         match self {
@@ -93,6 +113,7 @@ impl Source {
             }
             Source::Exchange(exchanged) => visit.call(&exchanged.0),
             Source::Capsule(capsule) => visit.call(&capsule.0),
+            Source::Rows(rows) => rows.1.traverse(visit),
         }
     }
 
@@ -150,7 +171,7 @@ impl Source {
                 }
                 array
             }
-            Source::Exchange(_) | Source::Capsule(_) => return None,
+            Source::Exchange(_) | Source::Capsule(_) | Source::Rows(_) => return None,
         };
         Some(LentArray::of(quiet, array))
     }
@@ -167,6 +188,7 @@ impl Source {
                 LentSource::Exchange(Lent::of(quiet, object), exchange)
             }
             Source::Capsule(capsule) => LentSource::Capsule(capsule.1.as_ref()),
+            Source::Rows(rows) => LentSource::Rows(&rows.0, &rows.1),
         }
     }
 
@@ -177,8 +199,34 @@ impl Source {
             Source::Parameter(parameter, ..) => parameter.bind(py).clone().into_any(),
             Source::Exchange(exchanged) => exchanged.0.bind(py).clone(),
             Source::Capsule(capsule) => capsule.0.bind(py).clone(),
+            Source::Rows(rows) => rows.1.object(py),
         }
     }
+}
+
+/// Integers of any type, in one dimension, as `i64`; a large one of 64 bits without a sign is negative,
+/// which no index of a row is.
+fn indices_of(object: &Bound<'_, PyAny>) -> Result<Vec<i64>, Failure> {
+    const WANTED: &str = "indices of rows as integers in one dimension";
+    let py = object.py();
+    let object = match object.hasattr(intern!(py, "detach"))? {
+        true => object.call_method0(intern!(py, "detach"))?,
+        false => object.clone(),
+    };
+    let array = as_array(&object)?;
+    let kind: String = array.dtype().getattr(intern!(py, "kind"))?.extract()?;
+    let is_empty_list = array.len() == 0 && kind == "f";
+    if !matches!(kind.as_str(), "i" | "u") && !is_empty_list {
+        let dtype = array.dtype();
+        return Err(Failure::Type(WANTED, dtype.to_string()));
+    }
+    if array.ndim() != 1 {
+        let found = format!("{} dimensions", array.ndim());
+        return Err(Failure::Value(WANTED, found));
+    }
+    let indices = array.call_method1(intern!(py, "astype"), (intern!(py, "int64"),))?;
+    let indices: PyReadonlyArray1<'_, i64> = indices.extract()?;
+    Ok(indices.as_array().to_vec())
 }
 
 /// What the memory of a [`Source`] is read from, while no Python code runs.
@@ -188,6 +236,7 @@ pub(crate) enum LentSource<'q> {
     Exchange(Lent<'q>, &'q Exchange),
     /// None if it was not renewed.
     Capsule(Option<&'q Managed>),
+    Rows(&'q [i64], &'q Source),
 }
 
 impl<'q> LentSource<'q> {
@@ -197,7 +246,7 @@ impl<'q> LentSource<'q> {
             LentSource::Array(array) => View::of_array(quiet, array),
             LentSource::Exchange(object, exchange) => exchange.view(quiet, object),
             LentSource::Capsule(Some(managed)) => managed.view(quiet),
-            LentSource::Capsule(None) => Err(Refusal::NotAnArray),
+            LentSource::Capsule(None) | LentSource::Rows(..) => Err(Refusal::NotAnArray),
         }
     }
 
@@ -215,7 +264,8 @@ impl<'q> LentSource<'q> {
         match self {
             LentSource::Array(array) => Some(array.hold(quiet)),
             LentSource::Exchange(object, _) => Some(object.hold(quiet)),
-            LentSource::Capsule(_) => None,
+            // The values of rows were copied.
+            LentSource::Capsule(_) | LentSource::Rows(..) => None,
         }
     }
 }

@@ -11,6 +11,7 @@
 
 use std::collections::HashMap;
 
+use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, intern};
@@ -30,6 +31,7 @@ use super::view::{Element, Entries, Lent, Quiet, Refusal, View};
 use crate::config::Config;
 use crate::kernel::batch::{Batch, Work};
 use crate::kernel::isa::isa;
+use crate::kernel::rows::Rows;
 use crate::kernel::{DType, Role};
 use crate::optimizer::{ELSEWHERE, Gathered, Outcome, RuleCache, Verdict, code_of};
 use crate::state::StateKey;
@@ -70,6 +72,8 @@ struct Pair {
     state: StateAt,
     /// It has an average already, if it has any.
     has_ema: bool,
+    /// Of a gradient of rows, whose values `g` then is.
+    indices: Option<Vec<i64>>,
 }
 
 /// Where the state of a parameter is found.
@@ -232,7 +236,13 @@ impl Stepper {
         let config = GroupOptions::read(Front::Torch, group, "")?.config;
         let storage = slf.as_super().get().values().storage;
         let torch = Torch::get(py)?;
-        let Pair { p, g, state, .. } = Pair::of_row(0, row)?;
+        let Pair {
+            p,
+            g,
+            state,
+            indices,
+            ..
+        } = Pair::of_row(0, row)?;
         let StateAt::Entry(state) = state else {
             return Ok(false);
         };
@@ -245,7 +255,7 @@ impl Stepper {
         Ok(Quiet::during(py, |quiet| {
             let [p, g, state] = [&p, &g, &state].map(|object| Lent::of(quiet, object));
             let entry = Entry::of_dict(quiet, state, &config, &storage).unwrap_or_default();
-            let row = entry.row(quiet, torch, [p, g], &config, &storage);
+            let row = entry.row(quiet, torch, [p, g], indices.as_deref(), &config, &storage);
             entry.count(quiet, torch).is_some() && row.is_ok()
         }))
     }
@@ -449,6 +459,7 @@ impl TensorSession {
             g: g.unbind(),
             state,
             has_ema: true,
+            indices: None,
         });
         Ok(true)
     }
@@ -533,10 +544,18 @@ impl Noted {
 impl Pair {
     fn of_row(index: usize, row: &Bound<'_, PyAny>) -> PyResult<Self> {
         let row = row.cast::<PyTuple>()?;
+        let (g, indices) = match row.get_item(1)?.cast_into::<PyTuple>() {
+            Ok(rows) => {
+                let indices: PyReadonlyArray1<'_, i64> = rows.get_item(0)?.extract()?;
+                (rows.get_item(1)?, Some(indices.as_array().to_vec()))
+            }
+            Err(error) => (error.into_inner(), None),
+        };
         Ok(Pair {
             index,
+            indices,
             p: row.get_item(0)?.unbind(),
-            g: row.get_item(1)?.unbind(),
+            g: g.unbind(),
             state: StateAt::Entry(row.get_item(2)?.unbind()),
             has_ema: !row.get_item(3)?.is_truthy()?,
         })
@@ -611,7 +630,9 @@ impl<'x> TensorCheck<'x> {
         let pair = &self.pairs[k];
         let (p, g) = (Lent::of(quiet, &pair.p), Lent::of(quiet, &pair.g));
         let entry = entry.unwrap_or_default();
-        let Ok(row) = entry.row(quiet, self.torch, [p, g], config, self.storage) else {
+        let indices = pair.indices.as_deref();
+        let row = entry.row(quiet, self.torch, [p, g], indices, config, self.storage);
+        let Ok((row, rows)) = row else {
             return self.odd.push(pair.index);
         };
         let Some(count) = entry.count(quiet, self.torch) else {
@@ -624,7 +645,7 @@ impl<'x> TensorCheck<'x> {
         // if that takes long; else nobody changes the dicts that hold them. Rows may share
         // elements with each other, which is why they are updated by the caller alone unless
         // `Work::is_apart`.
-        unsafe { row.push(work, pair.index, rule, noise) };
+        unsafe { row.push(work, pair.index, rule, noise, rows) };
         let Noted {
             counts, written, ..
         } = &mut *self.tensors;
@@ -721,9 +742,10 @@ impl<'q> Entry<'q> {
         quiet: &'q Quiet<'_>,
         torch: &Torch,
         [p, g]: [Lent<'q>; 2],
+        indices: Option<&[i64]>,
         config: &Config,
         storage: &Storage,
-    ) -> Result<Row, (Role, Refusal)> {
+    ) -> Result<(Row, Option<Rows>), (Role, Refusal)> {
         let read = |role| torch.view(quiet, self.tensor([p, g], role)?);
         let read_scales = |role: Role| {
             let scales = role.state_key().and_then(|key| self.scales[key as usize]);
@@ -734,7 +756,35 @@ impl<'q> Entry<'q> {
             let p = read(Role::Parameter).map_err(|refusal| (Role::Parameter, refusal))?;
             uses[Role::ErrorBits as usize] = p.element == Element::real(DType::BF16);
         }
-        row::check(uses, storage.rounding, read, read_scales)
+        let mut rows = None;
+        if let Some(indices) = indices {
+            uses[Role::Gradient as usize] = false;
+            rows = Some(self.rows(quiet, torch, [p, g], indices, config)?);
+        }
+        let row = row::check(uses, storage.rounding, read, read_scales)?;
+        Ok((row, rows))
+    }
+
+    /// The rows that have a gradient. (What is wrong with one Python has found before.)
+    #[cold]
+    fn rows(
+        &self,
+        quiet: &'q Quiet<'_>,
+        torch: &Torch,
+        [p, g]: [Lent<'q>; 2],
+        indices: &[i64],
+        config: &Config,
+    ) -> Result<Rows, (Role, Refusal)> {
+        let refuse = |refusal| (Role::Gradient, refusal);
+        let (p, values) = (torch.view(quiet, p), torch.view(quiet, g));
+        let (p, values) = (p.map_err(refuse)?, values.map_err(refuse)?);
+        let is_coarse = |key: StateKey| key.is_used(config) && self.scales[key as usize].is_some();
+        if p.element.is_complex || StateKey::EVERY.into_iter().any(is_coarse) {
+            return Err(refuse(Refusal::DType));
+        }
+        let compute = p.element.dtype.compute();
+        let rows = row::rows_of(p.shape, compute, indices, &values);
+        rows.map_err(|_| refuse(Refusal::Unlike))
     }
 
     /// The tensor of a role.

@@ -408,6 +408,17 @@ impl<'q> View<'q> {
             && (0..self.shape.len()).all(|dim| is_like(dim) || self.shape[dim] == 1)
     }
 
+    /// Whether the elements lie in C order without gaps.
+    pub fn is_in_order(&self) -> bool {
+        let mut next = self.element.size() as isize;
+        let mut dims = self.shape.iter().zip(self.strides()).rev();
+        dims.all(|(&len, stride)| {
+            let is_next = stride == next || len == 1;
+            next = next.wrapping_mul(len as isize);
+            is_next
+        })
+    }
+
     /// Whether the elements fill a stretch of memory without gaps, in any order of the dimensions.
     #[inline]
     pub fn is_dense(&self) -> bool {
@@ -645,9 +656,14 @@ pub(crate) const WANTED: &str = "a float16, bfloat16, float32 or float64 array";
 
 /// "float32 of shape (64, 4)".
 pub(crate) fn describe_array(dtype: &str, shape: &[i64]) -> String {
+    format!("{dtype} of shape {}", shape_name(shape))
+}
+
+/// "(64, 4)".
+pub(crate) fn shape_name(shape: &[i64]) -> String {
     let lens: Vec<String> = shape.iter().map(i64::to_string).collect();
     let comma = if lens.len() == 1 { "," } else { "" };
-    format!("{dtype} of shape ({}{comma})", lens.join(", "))
+    format!("({}{comma})", lens.join(", "))
 }
 
 /// Why an array is not taken: a plain value, for it is found where no Python code runs and each look
