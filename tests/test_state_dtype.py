@@ -490,6 +490,26 @@ def test_without_ml_dtypes_bfloat16_is_its_bits(monkeypatch):
     assert (numbers(again) == wide).all()
 
 
+@NARROW
+@pytest.mark.parametrize("front", [RMSprop, TorchRMSprop])
+def test_converted_checkpoints_are_wide(storage, front):
+    """Other frameworks know no codes."""
+    options = {**rmsprop.dialect("timm"), "state_dtype": storage}
+    if front is RMSprop:
+        opt = RMSprop([W32.copy()], lr=0.1, **options)
+        opt.step(grads=[W32])
+    else:
+        p = torch.nn.Parameter(torch.ones(5000))
+        opt = TorchRMSprop([p], lr=0.1, **options)
+        p.grad = torch.ones(5000)
+        opt.step()
+    checkpoint = rmsprop.convert.to_timm(opt.state_dict())
+    found = np.asarray(checkpoint["state"][0]["square_avg"])
+    wide = opt.float32_state(opt.state_dict())["state"][0]["square_avg"]
+    assert found.dtype == np.float32
+    assert bits(found) == bits(np.asarray(wide))
+
+
 # --- averages of 16-bit parameters --------------------------------------------------------------
 
 

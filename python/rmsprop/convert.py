@@ -37,8 +37,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmsprop import _core
+from rmsprop import _core, storage
 from rmsprop.optimizer import names_in
+from rmsprop.state import as_ndarray
 
 __all__ = [
     "arguments",
@@ -629,7 +630,20 @@ def _entries(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The state of each parameter, in their order."""
     state = state_dict["state"]
     groups = state_dict["param_groups"]
-    return [state.get(number, {}) for group in groups for number in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    return [_wide(state.get(number, {})) for number in numbers]
+
+
+def _wide(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """State as other frameworks have it: in float32 where it is stored in fewer bits."""
+    names = {storage.named(getattr(value, "dtype", "")) for value in entry.values()}
+    if names.isdisjoint(("uint8", "bfloat16")):
+        return entry
+    arrays = {
+        key: value if key == "step" else as_ndarray(value)
+        for key, value in entry.items()
+    }
+    return storage.float32_entry(arrays)
 
 
 def _value(entry: Mapping[str, Any], key: str, name: str) -> Any:
@@ -758,7 +772,8 @@ def _to_torch_like(
         for group in _groups(name, state_dict)
     ]
     state = {}
-    for number, entry in state_dict["state"].items():
+    for number, stored in state_dict["state"].items():
+        entry = _wide(stored)
         kept = {key: entry[key] for key in entry if key in (*_TORCH_STATE, "step")}
         if array is not None:
             kept = {

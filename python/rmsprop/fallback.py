@@ -153,19 +153,17 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
     # Steps of some rows begin the average of all.
     new = missing_state(stepper, p, known, group, begins=not grad.is_sparse)
     odd = Odd(group, p, grad, {**known, **new}, new)
+    is_left |= grad.is_sparse and is_dtensor(p)
     row = None if is_left else _row(odd)
-    is_sparse = grad.layout != torch.strided
-    if is_sparse and (is_left or is_dtensor(p) or grad.layout != torch.sparse_coo):
-        raise RuntimeError("RMSprop does not support sparse gradients")
     asked = row
-    if row is not None and is_sparse:
+    if row is not None and grad.is_sparse:
         name = opt._stepper.name_in(list(opt.param_groups), index)
         indices, values = _rows(grad, odd, name.replace("parameter", "gradient", 1))
         row = (row[0], (indices, values), *row[2:])
         asked = (row[0], (indices[:0], values[:0]), *row[2:])
     if asked is not None and not opt._stepper.takes(group, asked):
         row = None
-    if row is None and is_sparse:
+    if row is None and grad.is_sparse:
         raise RuntimeError("RMSprop does not support sparse gradients")
     if row is None:
         check_capture(opt)

@@ -95,7 +95,10 @@ impl Rows {
     #[inline(always)]
     pub fn stretches(&self, range: Range<usize>) -> impl Iterator<Item = (Range<usize>, usize)> {
         let len = self.len.max(1);
-        let rows = range.start / len..range.end.div_ceil(len);
+        let rows = match range.is_empty() {
+            true => 0..0,
+            false => range.start / len..range.end.div_ceil(len),
+        };
         rows.map(move |row| {
             let start = (row * len).max(range.start);
             let end = ((row + 1) * len).min(range.end);
