@@ -153,8 +153,8 @@ def _add_one(opt: Steps, plan: Plan, index: int, group: Group, p: Tensor) -> Non
     # Steps of some rows begin the average of all.
     new = missing_state(stepper, p, known, group, begins=not grad.is_sparse)
     odd = Odd(group, p, grad, {**known, **new}, new)
-    is_left |= grad.is_sparse and is_dtensor(p)
-    row = None if is_left else _row(odd)
+    is_sharded = grad.is_sparse and is_dtensor(p)
+    row = None if is_left or is_sharded else _row(odd)
     asked = row
     if row is not None and grad.is_sparse:
         name = opt._stepper.name_in(list(opt.param_groups), index)
