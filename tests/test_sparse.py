@@ -370,3 +370,25 @@ def test_uint8_state_and_rows():
         opt.step()
     assert not opt.state
     assert rmsprop.RMSprop.support_sparse
+
+
+def test_the_average_of_rows_begins_as_the_full_values():
+    """Of master bits too, and in both fronts; with dense steps before and rows after."""
+    w = normal(0, (300, 4)).astype(ml_dtypes.bfloat16)
+    p = nn.Parameter(torch.from_numpy(w.view(np.int16).copy()).view(torch.bfloat16))
+    options = {"lr": 0.01, "master_weight_bits": 32, "eps_in_sqrt": True}
+    ours, theirs = RMSprop([w], **options), TorchRMSprop([p], **options)
+    g = normal(1, (300, 4))
+    p.grad = torch.from_numpy(g).bfloat16()
+    ours.step(grads=[p.grad])
+    theirs.step()
+    (full,) = ours.float32_params()
+    for opt in (ours, theirs):
+        opt.param_groups[0]["ema_decay"] = 0.5
+    values = torch.from_numpy(normal(2, (2, 4))).bfloat16()
+    ours.step(grads=[([7, 3], values)])
+    p.grad = torch.sparse_coo_tensor([[7, 3]], values, p.shape, check_invariants=True)
+    theirs.step()
+    others = np.setdiff1d(np.arange(300), [3, 7])
+    assert bits(ours.state[0]["ema"][others]) == bits(full[others])
+    assert bits(ours.state[0]["ema"]) == bits(theirs.state[p]["ema"].numpy())

@@ -637,7 +637,7 @@ def _entries(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _wide(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """State as other frameworks have it: in float32 where it is stored in fewer bits."""
     names = {storage.named(getattr(value, "dtype", "")) for value in entry.values()}
-    if names.isdisjoint(("uint8", "bfloat16")):
+    if names.isdisjoint(storage.NARROW):
         return entry
     arrays = {
         key: value if key == "step" else as_ndarray(value)

@@ -14,7 +14,7 @@ import numpy as np
 from rmsprop import _core
 from rmsprop.average import averaged
 from rmsprop.state import State, as_ndarray, checked, copied, restore
-from rmsprop.storage import Storage, float32_entry, joined
+from rmsprop.storage import HasStorage, Storage, float32_entry, joined
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -111,7 +111,7 @@ class _Hyperparameter(Generic[_Value]):
             group[self._name] = value
 
 
-class RMSprop(_core.Optimizer):
+class RMSprop(HasStorage, _core.Optimizer):
     """RMSprop that updates arrays in place, in one fused pass.
 
     The rule is in the documentation of :mod:`rmsprop`; the defaults are OneFlow's.
@@ -334,24 +334,7 @@ class RMSprop(_core.Optimizer):
 
     def _store(self, storage: Storage) -> None:
         self._set_storage(*storage)
-        if isinstance(storage.state_dtype, Mapping):
-            storage = storage._replace(state_dtype=dict(storage.state_dtype))
-        self._storage = storage
-
-    @property
-    def state_dtype(self) -> StateDType:
-        """The type of the state, as it was given."""
-        return self._storage.state_dtype
-
-    @property
-    def rounding(self) -> Rounding:
-        """How parameters of 16 bits are rounded."""
-        return self._storage.rounding
-
-    @property
-    def master_weight_bits(self) -> int | None:
-        """How many bits of bfloat16 parameters are kept, error bits included."""
-        return self._storage.master_weight_bits
+        self._keep_storage(storage)
 
     @property
     def state(self) -> State:
@@ -621,9 +604,7 @@ class RMSprop(_core.Optimizer):
                 for key in sorted(group)
                 if key not in ("params", "param_names")
             ]
-        options = ["max_grad_norm", "nonfinite", "threads"]
-        storage = zip(self._storage, Storage(), self._storage._fields)
-        options += [key for value, usual, key in storage if value != usual]
+        options = ["max_grad_norm", "nonfinite", "threads", *self._unusual_storage()]
         lines += [f"{key}: {getattr(self, key)}" for key in options]
         return "\n".join([*lines, ")"])
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rmsprop import _core, storage
-from rmsprop.storage import SCALE, At
+from rmsprop.storage import NARROW, SCALE, At
 
 
 class State(MutableMapping[int, Any]):
@@ -102,7 +102,7 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         yield "step"
-        yield from (key for key, _ in self._optimizer._state_keys(self._index))
+        yield from self._optimizer._state_keys(self._index)
 
     def __len__(self) -> int:
         return 1 + len(self._optimizer._state_keys(self._index))
@@ -140,12 +140,9 @@ class ParameterState(MutableMapping[str, Any]):
         at = At(0, self._index, 0, key)
         return (
             dict(storage.narrowed(np.array([value]), dtype, at))
-            if dtype in _NARROW
+            if dtype in NARROW
             else {key: value}
         )
-
-
-_NARROW = ("bfloat16", "uint8")
 
 
 def restore(
@@ -165,7 +162,7 @@ def restore(
         start = (options or optimizer.param_groups)[group]["initial_square_avg"]
         keys = ParameterState(optimizer, index)
         complete = dict(entry)
-        for key in storage.without_scales(keys):
+        for key in (key for key in keys if not key.endswith(SCALE)):
             complete = {**keys._start(key, start), **complete}
         whole.append((index, complete))
     optimizer._restore(whole, options, list(written))
@@ -218,14 +215,14 @@ def _checked_array(
     narrow = None
     if key == "error_bits" and name in ("int8", "int16"):
         value = storage.error_bits_as(as_ndarray(value), own)
-    elif name in _NARROW and own in ("float32", *_NARROW):
+    elif name in NARROW and own in ("float32", *NARROW):
         narrow = np.array(as_ndarray(value), copy=True)
         scale = None if scale is None else np.array(as_ndarray(scale), copy=True)
         try:
             value = storage.widened(narrow, key, scale)
         except ValueError as error:
             raise ValueError(f"state of parameter {index}: {error}") from None
-    wanted = "float32" if own in _NARROW else own
+    wanted = "float32" if own in NARROW else own
     optimizer._check_state(index, key, value, wanted)
     array = np.array(as_ndarray(value), copy=True)
     # What was exported a second time must fit as well.
@@ -239,8 +236,8 @@ def _checked_scale(
     optimizer: _core.Optimizer, index: int, key: str, value: Any
 ) -> np.ndarray:
     """Scales of codes that stay as they are."""
-    keys = [name for name, _ in optimizer._state_keys(index)]
-    wanted = optimizer._state_array(index, key) if key in keys else None
+    is_there = key in optimizer._state_keys(index)
+    wanted = optimizer._state_array(index, key) if is_there else None
     found = np.array(as_ndarray(value), copy=True)
     if wanted is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         want = "no such key" if wanted is None else f"float32 of shape {wanted.shape}"

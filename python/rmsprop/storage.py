@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: What follows the key of codes in the name of their scales.
 SCALE = "_scale"
+#: The types of state that are narrower than what is computed with.
+NARROW = ("bfloat16", "uint8")
 #: Elements of one parameter that share a scale.
 BLOCK = 256
 
@@ -25,6 +27,38 @@ class Storage(NamedTuple):
     rounding: Rounding = "nearest"
     master_weight_bits: int | None = None
     seed: int = 0
+
+
+class HasStorage:
+    """What both fronts say of these options."""
+
+    _storage = Storage()
+
+    def _keep_storage(self, storage: Storage) -> None:
+        """Keeps options that were found right, and no mapping of the caller's."""
+        if isinstance(storage.state_dtype, Mapping):
+            storage = storage._replace(state_dtype=dict(storage.state_dtype))
+        self._storage = storage
+
+    @property
+    def state_dtype(self) -> StateDType:
+        """The type of the state, as it was given."""
+        return self._storage.state_dtype
+
+    @property
+    def rounding(self) -> Rounding:
+        """How parameters of 16 bits are rounded."""
+        return self._storage.rounding
+
+    @property
+    def master_weight_bits(self) -> int | None:
+        """How many bits of bfloat16 parameters are kept, error bits included."""
+        return self._storage.master_weight_bits
+
+    def _unusual_storage(self) -> list[str]:
+        """The names of those that are not as they are by default."""
+        both = zip(self._storage, Storage(), Storage._fields)
+        return [name for value, usual, name in both if value != usual]
 
 
 class At(NamedTuple):
@@ -68,7 +102,7 @@ def widened(array: np.ndarray, key: str, scale: np.ndarray | None = None) -> np.
 
 def narrowed(values: np.ndarray, dtype: str, at: At) -> dict[str, np.ndarray]:
     """Arrays of state for these numbers, by their keys, rounded as a step does."""
-    if dtype not in ("bfloat16", "uint8"):
+    if dtype not in NARROW:
         return {at.key: values}
     flat = np.ascontiguousarray(values, np.float32).ravel()
     if dtype == "bfloat16":
@@ -128,8 +162,3 @@ def float32_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
             value = np.array(widened(value, key, entry.get(key + SCALE)))
         wide[key] = value
     return wide
-
-
-def without_scales(keys: Iterable[str]) -> list[str]:
-    """The keys of state that are not the scales of others."""
-    return [key for key in keys if not key.endswith(SCALE)]

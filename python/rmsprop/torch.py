@@ -14,7 +14,7 @@ import inspect
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
@@ -34,7 +34,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from rmsprop import _core, backward, fallback, torch_names, torch_storage
 from rmsprop.state import as_ndarray
-from rmsprop.storage import SCALE, Storage, joined
+from rmsprop.storage import SCALE, HasStorage, Storage, joined
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -59,7 +59,7 @@ class _Lock:
         self.process = os.getpid()
 
 
-class RMSprop(Optimizer):
+class RMSprop(HasStorage, Optimizer):
     """RMSprop that updates CPU tensors in place, in one fused pass.
 
     The rule is in the documentation of :mod:`rmsprop`. The arguments that
@@ -154,7 +154,6 @@ class RMSprop(Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None = None
-    _storage = Storage()
     #: What step_in_backward() has returned, while it is on; in no pickle.
     _in_backward: backward.Handle | None = None
 
@@ -285,24 +284,7 @@ class RMSprop(Optimizer):
 
     def _store(self, storage: Storage) -> None:
         self._stepper._set_storage(*storage)
-        if isinstance(storage.state_dtype, Mapping):
-            storage = storage._replace(state_dtype=dict(storage.state_dtype))
-        self._storage = storage
-
-    @property
-    def state_dtype(self) -> StateDType:
-        """The type of the state, as it was given."""
-        return self._storage.state_dtype
-
-    @property
-    def rounding(self) -> Rounding:
-        """How parameters of 16 bits are rounded."""
-        return self._storage.rounding
-
-    @property
-    def master_weight_bits(self) -> int | None:
-        """How many bits of bfloat16 parameters are kept, error bits included."""
-        return self._storage.master_weight_bits
+        self._keep_storage(storage)
 
     @property
     def seed(self) -> int:
@@ -335,8 +317,7 @@ class RMSprop(Optimizer):
             for key, value in options.items()
             if value not in (None, "propagate")
         ]
-        storage = zip(self._storage, Storage(), Storage._fields)
-        used += [f"{key}: {value}\n" for value, usual, key in storage if value != usual]
+        used += [f"{key}: {getattr(self, key)}\n" for key in self._unusual_storage()]
         return super().__repr__().removesuffix(")") + "".join(used) + ")"
 
     def __setstate__(self, state: dict[str, Any]) -> None:

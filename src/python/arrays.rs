@@ -210,8 +210,8 @@ impl Optimizer {
         self.contents.wait(py)?.group_of(index)
     }
 
-    /// The names of a parameter's state arrays, and NumPy's names of their types.
-    fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<(String, &'static str)>> {
+    /// The names of a parameter's state arrays.
+    fn _state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<String>> {
         let contents = self.contents.wait(py)?;
         let group = &contents.groups[contents.group_of(index)?];
         let param = &contents.params[index];
@@ -220,12 +220,10 @@ impl Optimizer {
             if key == StateKey::Ema && !contents.has_ema[index] {
                 continue;
             }
-            if let (Some(dtype), Some(stored)) =
-                (param.stored[key as usize], group.state(param.kind(), key))
-            {
-                names.push((key.name().to_owned(), Element::real(dtype).name()));
+            if let Some(stored) = group.state(param.kind(), key) {
+                names.push(key.name().to_owned());
                 if stored.scales.is_some() {
-                    names.push((format!("{}{SCALE}", key.name()), "float32"));
+                    names.push(format!("{}{SCALE}", key.name()));
                 }
             }
         }
@@ -1023,14 +1021,21 @@ impl ArraySession {
 
 /// Makes the average of a parameter what that is.
 fn begin_average(py: Python<'_>, group: &Group, param: &Param) -> PyResult<()> {
-    let Some(stored) = group.state(param.kind(), StateKey::Ema) else {
+    let view = |key: StateKey| {
+        let stored = group.state(param.kind(), key);
+        // Codes do not go with rows, which the check says.
+        let stored = stored.filter(|stored| stored.scales.is_none());
+        stored.map(|stored| stored.elements.view_of(py, param, param.offset))
+    };
+    let Some(array) = view(StateKey::Ema).transpose()? else {
         return Ok(());
     };
-    let array = stored.elements.view_of(py, param, param.offset)?;
+    let error_bits = view(StateKey::ErrorBits).transpose()?;
     let state = py.import(intern!(py, "rmsprop.state"))?;
     let values = state.call_method1(intern!(py, "as_ndarray"), (&param.object,))?;
     let storage = py.import(intern!(py, "rmsprop.storage"))?;
-    let values = storage.call_method1(intern!(py, "joined"), (values, py.None()))?;
+    let values = storage.call_method1(intern!(py, "joined"), (values, error_bits))?;
+    let values = storage.call_method1(intern!(py, "rounded_like"), (&array, values))?;
     array.set_item(py.Ellipsis(), values)
 }
 
@@ -1219,10 +1224,9 @@ impl<'x> ArrayCheck<'x> {
             let is_coarse = StateKey::EVERY
                 .into_iter()
                 .any(|key| key.is_used(config) && param.stored[key as usize] == Some(DType::U8));
-            let found = row::rows_of(&param.shape, param.dtype.compute(), indices, &values);
             let found = match is_coarse {
                 true => Err(NoRows::Coarse),
-                false => found,
+                false => row::rows_of(&param.shape, param.dtype.compute(), indices, &values),
             };
             rows = Some(found.map_err(|no_rows| {
                 match no_rows.describe(&param.shape, indices.len(), values.shape) {

@@ -30,8 +30,6 @@ pub(crate) struct Param {
     pub shape: SmallVec<[i64; 4]>,
     /// The types of its state by key, if it can have such state.
     pub stored: [Option<DType>; StateKey::COUNT],
-    /// It or its state is not of the compute type.
-    pub is_narrow: bool,
     /// Of all its state arrays, which are dense; in elements.
     pub state_strides: SmallVec<[i64; 4]>,
     /// Where its state begins in the buffers of its group and kind: in elements, and in scales.
@@ -122,7 +120,6 @@ impl Param {
         };
         let (dtype, numel, shape, state_strides) = Quiet::during(py, read).map_err(raise)?;
         let stored = StateKey::EVERY.map(|key| storage.dtype(key, dtype, numel));
-        let is_narrow = Kind { dtype, stored }.is_narrow();
         let mut param = Param {
             object: object.clone().unbind(),
             has_own_grad: has_own_grad(object)?,
@@ -132,7 +129,6 @@ impl Param {
             numel,
             shape,
             stored,
-            is_narrow,
             state_strides,
             offset: 0,
             scale_offset: 0,
@@ -206,7 +202,9 @@ impl Param {
         let state = self.state_view(quiet, view.data, self.dtype)?;
         self.seen = Seen {
             mark: source.header().map(|header| header.mark()),
-            is_like_state: !self.is_narrow && view.is_dense() && view.is_walked_like(&state),
+            is_like_state: !self.kind().is_narrow()
+                && view.is_dense()
+                && view.is_walked_like(&state),
             extent,
         };
         Ok(has_moved)
