@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import rmsprop
+from hypothesis import strategies as st
 
 SHAPES = ((7, 5), (11,), (), (2, 3, 4))
 NAMES = ("conv.weight", "conv.bias", "scale", "fc.weight")
@@ -13,6 +14,19 @@ def random_arrays(seed, shapes=SHAPES, dtype=np.float32):
     rng = np.random.default_rng(seed)
     return [np.array(rng.standard_normal(shape), dtype) for shape in shapes]
 
+
+#: Options that switch each line of the rule on or off, for hypothesis.
+LINES_OF_THE_RULE = {
+    "momentum": st.sampled_from([0.0, 0.9]),
+    "nesterov": st.booleans(),
+    "centered": st.booleans(),
+    "weight_decay": st.sampled_from([0.0, 0.01]),
+    "decoupled_weight_decay": st.booleans(),
+    "bias_correction": st.booleans(),
+    "clip_weights": st.sampled_from([None, 0.5]),
+    "ema_decay": st.sampled_from([None, 0.9]),
+    "initial_square_avg": st.sampled_from([0.0, 1.0]),
+}
 
 SPECIAL = (0, -0.0, 1, np.nan, np.inf, -np.inf, 1e-40, -1e-45, 3e38, -1e30, 1e-20)
 

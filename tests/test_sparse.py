@@ -8,25 +8,12 @@ import rmsprop
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import bits
+from problems import LINES_OF_THE_RULE, bits
 from rmsprop import Parameter, RMSprop
 from rmsprop.torch import RMSprop as TorchRMSprop
 from torch import nn
 
-OPTIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "momentum": st.sampled_from([0.0, 0.9]),
-        "nesterov": st.booleans(),
-        "centered": st.booleans(),
-        "weight_decay": st.sampled_from([0.0, 0.01]),
-        "decoupled_weight_decay": st.booleans(),
-        "bias_correction": st.booleans(),
-        "clip_weights": st.sampled_from([None, 0.5]),
-        "ema_decay": st.sampled_from([None, 0.9]),
-        "initial_square_avg": st.sampled_from([0.0, 1.0]),
-    },
-)
+OPTIONS = st.fixed_dictionaries({}, optional=LINES_OF_THE_RULE)
 
 
 def normal(seed, shape, dtype=np.float32):

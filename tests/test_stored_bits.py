@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from problems import bits
+from problems import LINES_OF_THE_RULE, bits
 from rmsprop import Parameter, RMSprop
 from rmsprop.torch import RMSprop as TorchRMSprop
 from storage_oracle import StoredOracle
@@ -26,15 +26,7 @@ STORAGE = st.fixed_dictionaries(
         "rounding": st.sampled_from(["nearest", "stochastic"]),
         "master_weight_bits": st.sampled_from([None, 24, 32]),
         "seed": st.integers(0, 2**64 - 1),
-        "momentum": st.sampled_from([0.0, 0.9]),
-        "nesterov": st.booleans(),
-        "centered": st.booleans(),
-        "weight_decay": st.sampled_from([0.0, 0.01]),
-        "decoupled_weight_decay": st.booleans(),
-        "bias_correction": st.booleans(),
-        "clip_weights": st.sampled_from([None, 0.5]),
-        "ema_decay": st.sampled_from([None, 0.9]),
-        "initial_square_avg": st.sampled_from([0.0, 1.0]),
+        **LINES_OF_THE_RULE,
         "maximize": st.booleans(),
     },
 )
