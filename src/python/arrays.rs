@@ -49,6 +49,7 @@ const BYTES_A_PARAMETER: usize = size_of::<Param>() + 1024;
 
 /// What one thread at a time works on.
 struct ArraySession {
+    storage: Storage,
     groups: Vec<Group>,
     params: Vec<Param>,
     /// Those that can only be read after Python code has run.
@@ -81,6 +82,7 @@ impl Optimizer {
         _kwargs: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<PyClassInitializer<Self>> {
         let contents = ArraySession {
+            storage: Storage::default(),
             groups: Vec::new(),
             params: Vec::new(),
             foreign: Vec::new(),
@@ -201,7 +203,10 @@ impl Optimizer {
         let (py, this) = (slf.py(), slf.get());
         let list = this.groups(py);
         let storage = slf.as_super().get().values().storage;
-        this.contents.wait(py)?.add_groups(py, &groups, &storage)?;
+        let mut contents = this.contents.wait(py)?;
+        contents.storage = storage;
+        contents.add_groups(py, &groups)?;
+        drop(contents);
         groups.iter().try_for_each(|(group, _)| list.append(group))
     }
 
@@ -560,7 +565,7 @@ impl ArraySession {
         let options = GroupOptions::read(Front::Arrays, dict, &place)?;
         let is_contiguous = is_contiguous(dict)?;
         let group = &self.groups[index];
-        group.storage.check_group(&options.config, &place)?;
+        self.storage.check_group(&options.config, &place)?;
         if is_contiguous != group.is_contiguous {
             let python = |flag| if flag { "True" } else { "False" };
             let (wanted, found) = (python(group.is_contiguous), python(is_contiguous));
@@ -601,8 +606,7 @@ impl ArraySession {
         for (index, object) in range.zip(&objects) {
             let old = &self.params[index];
             if !object.is(&old.object) {
-                let storage = &self.groups[group].storage;
-                let mut new = Param::new(object, old.name.clone(), index, storage)?;
+                let mut new = Param::new(object, old.name.clone(), index, &self.storage)?;
                 new.succeed(old, py, index)?;
                 replaced.push((index, new));
             }
@@ -694,6 +698,7 @@ impl ArraySession {
         options: &Values,
     ) -> Result<Verdict, Refused> {
         let ArraySession {
+            storage,
             groups,
             params,
             steps,
@@ -715,6 +720,7 @@ impl ArraySession {
                 quiet,
                 items: items.and_then(|items| Lent::of(quiet, items).items(quiet)),
                 gradients,
+                storage,
                 groups,
                 params,
                 steps,
@@ -909,14 +915,9 @@ impl ArraySession {
     }
 
     /// Adds groups, all or none.
-    fn add_groups(
-        &mut self,
-        py: Python<'_>,
-        groups: &[NewGroup<'_>],
-        storage: &Storage,
-    ) -> PyResult<()> {
+    fn add_groups(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
         let (first_group, first) = (self.groups.len(), self.params.len());
-        let added = self.add_groups_or_fail(py, groups, storage);
+        let added = self.add_groups_or_fail(py, groups);
         // What was added may have moved, or be gone again.
         self.destinations.forget();
         if added.is_err() {
@@ -932,25 +933,20 @@ impl ArraySession {
         added
     }
 
-    fn add_groups_or_fail(
-        &mut self,
-        py: Python<'_>,
-        groups: &[NewGroup<'_>],
-        storage: &Storage,
-    ) -> PyResult<()> {
+    fn add_groups_or_fail(&mut self, py: Python<'_>, groups: &[NewGroup<'_>]) -> PyResult<()> {
         let (first, old) = (self.groups.len(), self.params.len());
         let count = groups.iter().map(|(_, names)| names.len()).sum::<usize>();
         check_room((old + count).saturating_mul(BYTES_A_PARAMETER))?;
         for (dict, names) in groups {
             let place = format!(" of group {}", self.groups.len());
             let options = GroupOptions::read(Front::Arrays, dict, &place)?;
-            storage.check_group(&options.config, &place)?;
+            self.storage.check_group(&options.config, &place)?;
             let is_contiguous = is_contiguous(dict)?;
             let objects = params_of(dict, &place)?.cast_into::<PyTuple>()?;
             let start = self.params.len();
-            self.add_params(&objects, names, is_contiguous, storage)?;
+            self.add_params(&objects, names, is_contiguous)?;
             let params = &mut self.params[start..];
-            let group = Group::new(py, options, *storage, is_contiguous, start, params)?;
+            let group = Group::new(py, options, is_contiguous, start, params)?;
             self.groups.push(group);
         }
         let numel = self.params.iter().map(|param| param.numel).sum();
@@ -983,7 +979,6 @@ impl ArraySession {
         objects: &Bound<'_, PyTuple>,
         names: &Bound<'_, PyList>,
         is_contiguous: bool,
-        storage: &Storage,
     ) -> PyResult<()> {
         let mut places: HashMap<usize, usize> = HashMap::new();
         let mut taken: HashMap<String, usize> = HashMap::new();
@@ -993,7 +988,7 @@ impl ArraySession {
         }
         for (object, name) in objects.iter().zip(names.iter()) {
             let index = self.params.len();
-            let param = Param::new(&object, name.extract()?, index, storage)?;
+            let param = Param::new(&object, name.extract()?, index, &self.storage)?;
             let first = self.params.first();
             let wrong = if let Some(twin) = places.insert(object.as_ptr() as usize, index) {
                 let twin = self.params[twin].culprit("parameter", twin);
@@ -1061,6 +1056,7 @@ struct ArrayCheck<'x> {
     /// The list or tuple of gradients, where they are read; without, those that were taken are used.
     items: Option<Items<'x>>,
     gradients: &'x [Option<Source>],
+    storage: &'x Storage,
     groups: &'x [Group],
     params: &'x mut [Param],
     steps: &'x [u64],
@@ -1270,8 +1266,8 @@ impl<'x> ArrayCheck<'x> {
                 Access::Writable,
             )
         };
-        let noise = group.storage.noise(self.steps[index].saturating_add(1));
-        let row = row::check(uses, group.storage.rounding, read, read_scales)
+        let noise = self.storage.noise(self.steps[index].saturating_add(1));
+        let row = row::check(uses, self.storage.rounding, read, read_scales)
             .map_err(|(role, refusal)| Refused::Array(role, index, refusal))?;
         // SAFETY: what keeps their memory is held, or lent by who keeps it while no Python code runs;
         // no two written arrays of the optimizer share an element.

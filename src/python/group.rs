@@ -16,7 +16,7 @@ use super::overlap::Extent;
 use super::param::{Kind, Param, array_grad};
 use super::parameter::{Parameter, Slot};
 use super::source::Source;
-use super::storage::{Storage, code_of_one};
+use super::storage::code_of_one;
 use super::view::{Element, Header, LentArray, Quiet, is_equal};
 use crate::config::Config;
 use crate::kernel::DType;
@@ -27,7 +27,6 @@ use crate::state::{PAGE, StateKey, offset_apart};
 pub(crate) struct Group {
     pub options: GroupOptions,
     pub range: Range<usize>,
-    pub storage: Storage,
     /// One for each kind that its parameters have.
     pub buckets: SmallVec<[Bucket; 1]>,
     pub is_contiguous: bool,
@@ -164,7 +163,6 @@ impl Group {
     pub fn new(
         py: Python<'_>,
         options: GroupOptions,
-        storage: Storage,
         is_contiguous: bool,
         start: usize,
         params: &mut [Param],
@@ -181,7 +179,6 @@ impl Group {
         let mut group = Group {
             buckets,
             options,
-            storage,
             range: start..start + params.len(),
             is_contiguous,
             is_flat: false,
